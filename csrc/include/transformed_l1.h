@@ -1,0 +1,42 @@
+// The transformed l1 penalty rho_a(|t|) = (a + 1)|t| / (a + |t|), a > 0, its derivative and its
+// proximal map, for T = float or double.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+
+namespace tscnc {
+
+// 1/(a + |t|) comes first: large arguments cannot overflow, and a loop that wants the value and the
+// gradient divides once.
+template <typename T>
+TSCNC_HD T transformed_l1_value(T t, T a) {
+  const T magnitude = std::fabs(t);
+  const T scale = T(1) / (a + magnitude);
+  return (a + T(1)) * (magnitude * scale);
+}
+
+// d rho_a(|t|) / dt = sign(t) a (a + 1) / (a + |t|)^2, and 0 at t = 0 as for torch.abs.
+template <typename T>
+TSCNC_HD T transformed_l1_gradient(T t, T a) {
+  const T scale = T(1) / (a + std::fabs(t));
+  const T slope = (a * scale) * ((a + T(1)) * scale);
+  return t == T(0) ? T(0) : std::copysign(slope, t);
+}
+
+// argmin_y (y - x)^2 / 2 + lambda rho_a(|y|). Above the threshold the minimiser is the largest root
+// of a cubic; written as |x| - (4/3)(a + |x|) sin^2(asin(sqrt(s)) / 3), it does not cancel.
+template <typename T>
+TSCNC_HD T transformed_l1_prox(T x, T lambda, T a) {
+  const T magnitude = std::fabs(x);
+  const T weight = lambda * (a + T(1));
+  const T threshold = weight <= a * a / T(2) ? weight / a : std::sqrt(T(2) * weight) - a / T(2);
+  if (magnitude <= threshold) return T(0);
+  const T reach = a + magnitude;
+  const T s = T(27) * weight * a / (T(4) * reach * reach * reach);
+  const T sine = std::sin(std::asin(std::sqrt(s < T(1) ? s : T(1))) / T(3));
+  return std::copysign(magnitude - T(4) / T(3) * reach * sine * sine, x);
+}
+
+}  // namespace tscnc
