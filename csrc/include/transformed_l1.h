@@ -1,5 +1,5 @@
 // The transformed l1 penalty rho_a(|t|) = (a + 1)|t| / (a + |t|), a > 0, its derivative and its
-// proximal map, for T = float or double.
+// proximal map.
 #pragma once
 
 #include <cmath>
@@ -8,21 +8,24 @@
 
 namespace tscnc {
 
+// V is float, double or a CPU vector of them, S its element type: only operators that all of them have.
+
 // 1/(a + |t|) comes first: large arguments cannot overflow, and a loop that wants the value and the
 // gradient divides once.
-template <typename T>
-TSCNC_HD T transformed_l1_value(T t, T a) {
-  const T magnitude = std::fabs(t);
-  const T scale = T(1) / (a + magnitude);
-  return (a + T(1)) * (magnitude * scale);
+template <typename V, typename S>
+TSCNC_HD V transformed_l1_value(V t, S a) {
+  const V magnitude = t < 0 ? -t : t;
+  const V scale = S(1) / (a + magnitude);
+  return (a + S(1)) * (magnitude * scale);
 }
 
 // d rho_a(|t|) / dt = sign(t) a (a + 1) / (a + |t|)^2, and 0 at t = 0 as for torch.abs.
-template <typename T>
-TSCNC_HD T transformed_l1_gradient(T t, T a) {
-  const T scale = T(1) / (a + std::fabs(t));
-  const T slope = (a * scale) * ((a + T(1)) * scale);
-  return t == T(0) ? T(0) : std::copysign(slope, t);
+template <typename V, typename S>
+TSCNC_HD V transformed_l1_gradient(V t, S a) {
+  const V magnitude = t < 0 ? -t : t;
+  const V scale = S(1) / (a + magnitude);
+  const V slope = (a * scale) * ((a + S(1)) * scale);
+  return t == 0 ? t : (t < 0 ? -slope : slope);
 }
 
 // argmin_y (y - x)^2 / 2 + lambda rho_a(|y|). Above the threshold the minimiser is the largest root
