@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   double sum = 0;
   visit_chunk<kGradient, kThreads>(input, grad, size, [&](auto& elements) {
     [[maybe_unused]] Math<Storage> pack_sum = 0;
+#pragma unroll
     for (Storage& element : elements) {
       const auto t = static_cast<Math<Storage>>(element);
       if constexpr (kValue) pack_sum += transformed_l1_value(t, a);
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t rest = numel - begin;
   const int size = rest < kChunk<Storage> ? int(rest) : kChunk<Storage>;
   visit_chunk<true, kThreads>(input + begin, output + begin, size, [&](auto& elements) {
+#pragma unroll
     for (Storage& element : elements) {
       const auto x = static_cast<Math<Storage>>(element);
       element = static_cast<Storage>(transformed_l1_prox(x, lambda, a));
