@@ -28,6 +28,16 @@ TSCNC_HD V transformed_l1_gradient(V t, S a) {
   return t == 0 ? t : (t < 0 ? -slope : slope);
 }
 
+// sin(x) for 0 <= x <= pi/6 by its series, whose next term is below double's rounding error. The
+// library's sine also reduces large arguments, which costs a kernel local memory.
+template <typename T>
+TSCNC_HD T sine_up_to_one_half(T x) {
+  const T x2 = x * x;
+  T factor = T(1);
+  for (int n = 14; n > 0; n -= 2) factor = T(1) - factor * x2 / T(n * (n + 1));
+  return x * factor;
+}
+
 // argmin_y (y - x)^2 / 2 + lambda rho_a(|y|). Above the threshold the minimiser is the largest root
 // of a cubic; written as |x| - (4/3)(a + |x|) sin^2(asin(sqrt(s)) / 3), it does not cancel.
 template <typename T>
@@ -38,7 +48,7 @@ TSCNC_HD T transformed_l1_prox(T x, T lambda, T a) {
   if (magnitude <= threshold) return T(0);
   const T reach = a + magnitude;
   const T s = T(27) * weight * a / (T(4) * reach * reach * reach);
-  const T sine = std::sin(std::asin(std::sqrt(s < T(1) ? s : T(1))) / T(3));
+  const T sine = sine_up_to_one_half(std::asin(std::sqrt(s < T(1) ? s : T(1))) / T(3));
   return std::copysign(magnitude - T(4) / T(3) * reach * sine * sine, x);
 }
 
