@@ -136,12 +136,13 @@ void run_cuda(const Tensors& tensors, Tensors& gradients, double a, Tensor* valu
     const int64_t length = cuda::transformed_l1_workspace_length(numels.data(), count, dtype);
     workspace = torch::stable::empty({length}, ScalarType::Double, std::nullopt, tensors[0].device());
   }
-  check_cuda(kOp, cuda::launch_transformed_l1(
-                      inputs.data(), outputs.empty() ? nullptr : outputs.data(), numels.data(), count,
-                      dtype, a, value ? value->mutable_data_ptr() : nullptr,
-                      value ? static_cast<double*>(workspace.mutable_data_ptr()) : nullptr,
-                      grad_output ? grad_output->const_data_ptr() : nullptr,
-                      current_cuda_stream(tensors[0].get_device_index())));
+  const cudaError_t error = cuda::launch_transformed_l1(
+      inputs.data(), outputs.empty() ? nullptr : outputs.data(), numels.data(), count, dtype, a,
+      value ? value->mutable_data_ptr() : nullptr,
+      value ? static_cast<double*>(workspace.mutable_data_ptr()) : nullptr,
+      grad_output ? grad_output->const_data_ptr() : nullptr,
+      current_cuda_stream(tensors[0].get_device_index()));
+  check_cuda(error, kOp);
 }
 
 Tensor empty_scalar(const Tensors& tensors) {
