@@ -1,4 +1,4 @@
-"""The emulation of CUDA on the CPU computes what CUDA defines, and reports what CUDA leaves undefined."""
+"""The emulation of CUDA on the CPU computes what CUDA defines and reports what it leaves open."""
 
 from collections.abc import Callable
 from ctypes import c_int, c_void_p
@@ -81,7 +81,9 @@ def test_shared_memory_of_every_block_starts_as_nan(library: EmulatedLibrary) ->
 
 
 def test_barrier_that_some_threads_skip_raises(library: EmulatedLibrary) -> None:
-    with pytest.raises(EmulationError, match=r"3 left the kernel; 61 wait at __syncthreads in line \d+"):
+    with pytest.raises(
+        EmulationError, match=r"3 left the kernel; 61 wait at __syncthreads in line \d+"
+    ):
         run(library, "early_exit")
 
 

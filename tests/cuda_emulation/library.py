@@ -12,10 +12,11 @@ from torch import Tensor
 EMULATION = Path(__file__).resolve().parent
 CSRC = EMULATION.parent.parent / "csrc"
 # Shared memory is thread-local storage: every library has its own, which no constructor fills.
-FLAGS = (
-    "-x c++ -std=c++17 -O1 -fPIC -shared -fno-strict-aliasing -fno-gnu-unique "
-    "-fno-extern-tls-init -Wall -Wextra -Werror -Wno-unknown-pragmas"
-).split()
+FLAGS = [
+    *("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing"),
+    *("-fno-gnu-unique", "-fno-extern-tls-init"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+]
 
 # The lowest thread first, the highest thread first, and two random orders.
 ORDERS = (0, 1, 2, 3)
@@ -64,8 +65,7 @@ class EmulatedLibrary:
             results.append(run())
         for order, result in zip(ORDERS, results, strict=True):
             for first, other in zip(results[0], result, strict=True):
-                # Compared as bytes: a NaN equals itself, and -0 differs from 0.
-                if not torch.equal(_as_bytes(first), _as_bytes(other)):
+                if not same_bits(first, other):
                     raise AssertionError(f"thread order {order} changes the result: a race")
         return results[0]
 
@@ -108,5 +108,8 @@ def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).contiguous().view(torch.uint8)
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same bytes: a NaN equals itself, and -0 differs from 0."""
+    return torch.equal(
+        *(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (first, second))
+    )
