@@ -80,6 +80,22 @@ def test_shared_memory_of_every_block_starts_as_nan(library: EmulatedLibrary) ->
     assert output[1, 1:].isnan().all()
 
 
+def test_misaligned_vector_load_raises(library: EmulatedLibrary) -> None:
+    with pytest.raises(EmulationError, match=r"example_kernels\.cu:\d+: misaligned address"):
+        run(library, "misaligned_load", torch.zeros(16), torch.zeros(8))
+
+
+def test_index_beyond_shared_array_raises(library: EmulatedLibrary) -> None:
+    with pytest.raises(EmulationError, match="array index out of bounds"):
+        run(library, "out_of_bounds", torch.zeros(64))
+
+
+def test_library_still_works_after_an_error(library: EmulatedLibrary) -> None:
+    with pytest.raises(EmulationError):
+        run(library, "early_exit")
+    library.run_in_every_order(rotate(library, 1))
+
+
 def test_barrier_that_some_threads_skip_raises(library: EmulatedLibrary) -> None:
     with pytest.raises(
         EmulationError, match=r"3 left the kernel; 61 wait at __syncthreads in line \d+"

@@ -226,3 +226,18 @@ extern "C" inline __attribute__((used)) void emulation_set_order(int order) {
 extern "C" inline __attribute__((used)) const char* emulation_error() {
   return emulation::error.c_str();
 }
+
+// What -fsanitize=alignment,bounds calls, instead of the sanitizer's own run-time library. A GPU
+// faults at a misaligned address; the CPU may not.
+struct EmulatedSourceLocation {
+  const char* file;
+  unsigned line, column;
+};
+extern "C" inline __attribute__((used)) void __ubsan_handle_type_mismatch_v1(
+    const EmulatedSourceLocation* location, uintptr_t) {
+  emulation::fail("misaligned address", location->file, location->line);
+}
+extern "C" inline __attribute__((used)) void __ubsan_handle_out_of_bounds(
+    const EmulatedSourceLocation* location, uintptr_t) {
+  emulation::fail("array index out of bounds", location->file, location->line);
+}

@@ -41,6 +41,16 @@ __global__ void unset_shared_kernel(float* output) {
   output[blockIdx.x * 64 + threadIdx.x] = elements[threadIdx.x];
 }
 
+__global__ void misaligned_load_kernel(const float* input, float4* output) {
+  output[threadIdx.x] = reinterpret_cast<const float4*>(input + 1)[threadIdx.x];
+}
+
+__global__ void out_of_bounds_kernel(float* output, int index) {
+  __shared__ float elements[64];
+  elements[threadIdx.x] = 0;
+  output[threadIdx.x] = elements[index];
+}
+
 __global__ void early_exit_kernel() {
   if (threadIdx.x < 3) return;
   __syncthreads();
@@ -97,6 +107,12 @@ extern "C" int reuse(const float* input, float* output) {
 }
 extern "C" int unset_shared(float* output) {
   return launch(unset_shared_kernel, dim3(2), dim3(64), 0, nullptr, output);
+}
+extern "C" int misaligned_load(const float* input, float4* output) {
+  return launch(misaligned_load_kernel, dim3(1), dim3(2), 0, nullptr, input, output);
+}
+extern "C" int out_of_bounds(float* output) {
+  return launch(out_of_bounds_kernel, dim3(1), dim3(64), 0, nullptr, output, 64);
 }
 extern "C" int early_exit() { return launch(early_exit_kernel, dim3(2), dim3(64), 0, nullptr); }
 extern "C" int two_barriers() { return launch(two_barriers_kernel, dim3(1), dim3(64), 0, nullptr); }

@@ -108,6 +108,12 @@ inline void wait(Fiber& fiber) {
   if (_setjmp(fiber.position) == 0) _longjmp(scheduler, 1);
 }
 
+// Ends the launch with an error, from within a fiber.
+[[noreturn]] inline void fail(const char* what, const char* file, unsigned line) {
+  error = std::string(file) + ":" + std::to_string(line) + ": " + what;
+  _longjmp(scheduler, 1);
+}
+
 // Lets the block pass its barrier once every thread waits at the same one. A thread that has left
 // the kernel keeps the others waiting: CUDA leaves undefined what would happen.
 inline void try_release_block() {

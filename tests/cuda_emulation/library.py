@@ -15,6 +15,7 @@ CSRC = EMULATION.parent.parent / "csrc"
 FLAGS = [
     *("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing"),
     *("-fno-gnu-unique", "-fno-extern-tls-init"),
+    *("-fsanitize=alignment,bounds", "-Wl,--as-needed"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
 ]
 
