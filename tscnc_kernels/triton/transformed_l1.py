@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tscnc_kernels.triton import Variant
+
 NUM_WARPS = 4
 # Every thread loads four times 128 bits.
 BLOCK_BYTES = 4 * 16 * 32 * NUM_WARPS
@@ -139,3 +141,32 @@ def transformed_l1_value_and_grad(
     grads = [torch.empty_like(tensor) for tensor in tensors]
     block_sums = _launch(tensors, a, grads, None, with_value=True)
     return _value(block_sums, tensors[0].dtype), grads
+
+
+def _variants(dtype: torch.dtype, kind: str, math: tl.dtype) -> list[Variant]:
+    value_kind = "*fp64" if dtype == torch.float64 else "*fp32"
+    shared: dict[str, object] = {"MATH": math, "BLOCK": block_size(dtype)}
+    value = {"input": kind, "block_sums": "*fp64", "a": "fp64", "numel": "i32"}
+    gradient = {"input": kind, "grad": kind, "a": "fp64", "numel": "i32"}
+    options = [
+        (value, {"grad": None, "grad_output": None, "WITH_VALUE": True, "WITH_GRADIENT": False}),
+        (
+            gradient | {"grad_output": value_kind},
+            {"block_sums": None, "WITH_VALUE": False, "WITH_GRADIENT": True},
+        ),
+        (value | gradient, {"grad_output": None, "WITH_VALUE": True, "WITH_GRADIENT": True}),
+    ]
+    return [
+        Variant(
+            transformed_l1_kernel, arguments, constants | shared, ("numel",), num_warps=NUM_WARPS
+        )
+        for arguments, constants in options
+    ]
+
+
+VARIANTS = [
+    *_variants(torch.float32, "*fp32", tl.float32),
+    *_variants(torch.float64, "*fp64", tl.float64),
+    *_variants(torch.bfloat16, "*bf16", tl.float32),
+    *_variants(torch.float16, "*fp16", tl.float32),
+]
