@@ -11,32 +11,17 @@
 #include <cstring>
 
 #include "parallel.h"
+#include "vec.h"
 
 namespace tscnc::TSCNC_ISA::linalg {
 
-#if defined(__AVX512F__)
-constexpr int64_t kLanes = 8, kTileRows = 8;
-#elif defined(__AVX2__)
-constexpr int64_t kLanes = 4, kTileRows = 4;
-#else
-constexpr int64_t kLanes = 2, kTileRows = 4;
-#endif
 // kTileRows x 3 accumulators, 3 columns and a broadcast fill the 16 (AVX-512: 32) vector registers.
-constexpr int64_t kTileCols = 3 * kLanes;
+constexpr int64_t kVector = kLanes<double>;
+constexpr int64_t kTileRows = kVectorBytes == 64 ? 8 : 4;
+constexpr int64_t kTileCols = 3 * kVector;
 constexpr int64_t kBlockRows = 64;  // rows packed at once: kBlockRows * kDepth doubles stay in L2
 constexpr int64_t kDepth = 192;     // kDepth * kTileCols doubles stay in L1
 constexpr int64_t kPanel = 64;      // width of a Cholesky panel
-
-typedef double Vector __attribute__((vector_size(kLanes * sizeof(double))));
-
-// Unaligned load and store; a memcpy of a whole register is one instruction.
-inline Vector load(const double* source) {
-  Vector value;
-  std::memcpy(&value, source, sizeof(value));
-  return value;
-}
-
-inline void store(double* target, Vector value) { std::memcpy(target, &value, sizeof(value)); }
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -81,12 +66,12 @@ void pack_strip(View<T> source, int64_t count, int64_t depth, double* packed) {
 // kTileCols.
 inline void multiply_tile(int64_t depth, const double* a, const double* b, double alpha,
                           int64_t rows, int64_t cols, double* c, int64_t c_stride) {
-  Vector sums[kTileRows][3] = {};
+  Vec<double> sums[kTileRows][3] = {};
   for (int64_t p = 0; p < depth; ++p) {
-    const Vector b0 = load(b), b1 = load(b + kLanes), b2 = load(b + 2 * kLanes);
+    const Vec<double> b0 = load(b), b1 = load(b + kVector), b2 = load(b + 2 * kVector);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const Vector scale = a[i] - Vector{};
+      const Vec<double> scale = broadcast(a[i]);
       sums[i][0] += scale * b0;
       sums[i][1] += scale * b1;
       sums[i][2] += scale * b2;
@@ -99,7 +84,7 @@ inline void multiply_tile(int64_t depth, const double* a, const double* b, doubl
     for (int64_t i = 0; i < kTileRows; ++i) {
       double* row = c + i * c_stride;
       for (int64_t v = 0; v < 3; ++v) {
-        store(row + v * kLanes, load(row + v * kLanes) + alpha * sums[i][v]);
+        store(row + v * kVector, load(row + v * kVector) + alpha * sums[i][v]);
       }
     }
     return;
@@ -192,7 +177,7 @@ inline int64_t cholesky_block(int64_t n, double* a, int64_t stride, const double
 // Solves x factorᵀ = a in place for `rows` rows a (rows x n), with the lower triangular factor of
 // one panel.
 inline void solve_panel(int64_t rows, int64_t n, const double* factor, double* a, int64_t stride) {
-  constexpr int64_t kGroup = 4 * kLanes;  // rows solved together, one per lane
+  constexpr int64_t kGroup = 4 * kVector;  // rows solved together, one per lane
   double columns[kPanel * kGroup];
   for (int64_t first = 0; first < rows; first += kGroup) {
     const int64_t count = rows - first < kGroup ? rows - first : kGroup;
@@ -203,21 +188,21 @@ inline void solve_panel(int64_t rows, int64_t n, const double* factor, double* a
     }
     for (int64_t j = 0; j < n; ++j) {
       double* target = columns + j * kGroup;
-      Vector x0 = load(target), x1 = load(target + kLanes);
-      Vector x2 = load(target + 2 * kLanes), x3 = load(target + 3 * kLanes);
+      Vec<double> x0 = load(target), x1 = load(target + kVector);
+      Vec<double> x2 = load(target + 2 * kVector), x3 = load(target + 3 * kVector);
       for (int64_t p = 0; p < j; ++p) {
-        const Vector scale = factor[j * stride + p] - Vector{};
+        const Vec<double> scale = broadcast(factor[j * stride + p]);
         const double* known = columns + p * kGroup;
         x0 -= scale * load(known);
-        x1 -= scale * load(known + kLanes);
-        x2 -= scale * load(known + 2 * kLanes);
-        x3 -= scale * load(known + 3 * kLanes);
+        x1 -= scale * load(known + kVector);
+        x2 -= scale * load(known + 2 * kVector);
+        x3 -= scale * load(known + 3 * kVector);
       }
-      const Vector inverse = 1 / factor[j * stride + j] - Vector{};
+      const Vec<double> inverse = broadcast(1 / factor[j * stride + j]);
       store(target, x0 * inverse);
-      store(target + kLanes, x1 * inverse);
-      store(target + 2 * kLanes, x2 * inverse);
-      store(target + 3 * kLanes, x3 * inverse);
+      store(target + kVector, x1 * inverse);
+      store(target + 2 * kVector, x2 * inverse);
+      store(target + 3 * kVector, x3 * inverse);
     }
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t j = 0; j < n; ++j) block[r * stride + j] = columns[j * kGroup + r];
@@ -238,7 +223,7 @@ inline int64_t cholesky_lower(int64_t n, double* a, const double* floors, double
     if (done < width) return k + done;
     const int64_t below = n - k - width;
     double* panel = diagonal + width * n;
-    constexpr int64_t kChunk = 4 * kLanes;
+    constexpr int64_t kChunk = 4 * kVector;
     for_each_range(parallel, (below + kChunk - 1) / kChunk, [&](int64_t first, int64_t last) {
       const int64_t begin = first * kChunk;
       const int64_t end = last * kChunk < below ? last * kChunk : below;
