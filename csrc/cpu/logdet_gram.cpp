@@ -43,16 +43,14 @@ int64_t logdet_gram_workspace(int64_t rows, int64_t cols) {
 
 int64_t logdet_gram_backward_workspace(int64_t rows, int64_t cols) {
   const int64_t n = min_side(rows, cols);
-  const int64_t wide = n < kChunk ? kChunk : n;
-  return 2 * n * n + kChunk * n + linalg::multiply_workspace(wide);
+  return linalg::multiply_workspace(n < kChunk ? kChunk : n) + 2 * n * n + kChunk * n;
 }
 
 template <class T>
 double logdet_gram(const T* weight, int64_t rows, int64_t cols, double ridge, double* factor,
                    double* workspace, ParallelFor parallel) {
   const int64_t n = min_side(rows, cols), m = max_side(rows, cols);
-  double* floors = workspace;
-  workspace += n;
+  double* floors = workspace + linalg::multiply_workspace(n);
   linalg::gram_lower(m, n, tall(weight, rows, cols), factor, workspace, parallel);
   double trace = 0;
   for (int64_t i = 0; i < n; ++i) trace += factor[i * n + i];
@@ -84,10 +82,10 @@ void logdet_gram_backward(const T* weight, int64_t rows, int64_t cols, double ri
     for (int64_t i = 0; i < rows * cols; ++i) gradient[i] = static_cast<T>(kNan);
     return;
   }
-  double* inverted = workspace;
+  double* packed = workspace;  // first, where it is aligned
+  double* inverted = packed + linalg::multiply_workspace(n < kChunk ? kChunk : n);
   double* inverse = inverted + n * n;
   double* chunk = inverse + n * n;
-  double* packed = chunk + kChunk * n;
   linalg::invert_lower(n, factor, inverted, packed, parallel);
   linalg::inverse_from_inverted_factor(n, inverted, inverse, packed, parallel);
   differentiate_ridge(n, ridge, inverse);
