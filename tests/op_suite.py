@@ -1,7 +1,7 @@
 """The contract every op meets. A test file declares an `OpSpec` and inherits `OpSuite`:
 
     class TestMyOp(OpSuite):
-        spec = OpSpec(name="my_op", public=my_op, reference=reference, samples={...}, raw_calls={...})
+        spec = OpSpec(name="my_op", public=my_op, reference=reference, samples={...}, raw_calls=...)
 
 Every floating tensor in a sample's arguments (lists included) is an input to differentiate.
 """
@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 import tscnc_kernels
 
-# Element-wise tolerance (absolute = relative) on inputs of order one, and the bound on the relative RMS error.
+# Element-wise tolerance (absolute = relative) on inputs of order one, and the bound on the relative
+# RMS error.
 TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -37,11 +38,16 @@ BACKENDS = ["native", "triton", "reference"]
 class OpSpec:
     """What the suite needs to know of an op.
 
-    name: the op's name; public: the public function, which takes `backend=`; reference: plain torch with the same
-    arguments less `backend`. samples: name -> function of make(*shape) -> (args, kwargs), where make draws normal
-    numbers in the tested dtype. Names starting with "empty" are not used for derivative checks.
-    raw_calls: torch op -> arguments for opcheck. dtypes: tested dtypes. tolerances: overrides, each with the reason
-    in a comment. vmap: False where an op's arguments cannot be batched. smooth: False skips second derivatives.
+    name: the op's name.
+    public: the public function, which takes `backend=`.
+    reference: plain torch, with the arguments of `public` less `backend`.
+    samples: name -> function of make(*shape) -> (args, kwargs); make draws normal numbers in the
+        tested dtype. Names starting with "empty" are left out of derivative checks.
+    raw_calls: torch ops with arguments, for opcheck.
+    dtypes: the dtypes that the op takes.
+    tolerances: exceptions to TOLERANCES, each with the reason in a comment.
+    vmap: False where the arguments cannot be batched.
+    smooth: False where there is no second derivative.
     """
 
     name: str
@@ -75,10 +81,12 @@ def _outputs(result: Any) -> list[Tensor]:
 
 
 def _scalar(result: Any) -> Tensor:
-    """A fixed, generic linear functional of all outputs, so that its gradient tests every one of them."""
+    """A fixed, generic linear functional of all outputs: its gradient tests every one."""
     total = torch.zeros((), dtype=torch.float64)
     for index, output in enumerate(_outputs(result)):
-        weights = torch.linspace(0.5, 1.5, output.numel(), dtype=torch.float64, device=output.device)
+        weights = torch.linspace(
+            0.5, 1.5, output.numel(), dtype=torch.float64, device=output.device
+        )
         total = total + (output.double().reshape(-1) * weights).sum().cpu() * (index + 1)
     return total
 
@@ -104,7 +112,9 @@ class OpSuite:
         generator = torch.Generator().manual_seed(7)
 
         def make(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+            return (
+                torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+            )
 
         args, kwargs = self.spec.samples[name](make)
         prepare = lambda t: t.detach().clone().requires_grad_(grad)  # noqa: E731
@@ -164,7 +174,9 @@ class OpSuite:
             filled = list(leaves)
             for place, value in zip(places, inputs, strict=True):
                 filled[place] = value
-            result = self.spec.public(*pytree.tree_unflatten(filled, spec), **kwargs, backend=backend)
+            result = self.spec.public(
+                *pytree.tree_unflatten(filled, spec), **kwargs, backend=backend
+            )
             outputs = tuple(o for o in _outputs(result) if o.dtype.is_floating_point)
             return outputs[0] if len(outputs) == 1 else outputs
 
@@ -186,9 +198,9 @@ class OpSuite:
         sample = self.smooth_samples()[0]
         function, inputs = self._flat(sample, torch.float64)
         detached = [t.detach() for t in inputs]
-        actual = torch.func.grad(lambda *x: _scalar(function(*x)), argnums=tuple(range(len(inputs))))(
-            *detached
-        )
+        actual = torch.func.grad(
+            lambda *x: _scalar(function(*x)), argnums=tuple(range(len(inputs)))
+        )(*detached)
         expected = torch.autograd.grad(_scalar(function(*inputs)), inputs)
         for a, e in zip(actual, expected, strict=True):
             check_close(a, e, 1e-10, "torch.func.grad")

@@ -5,7 +5,11 @@ import torch
 
 import tscnc_kernels
 from tests.op_suite import OpSpec, OpSuite, check_close
-from tscnc_kernels.ops.transformed_l1 import reference, transformed_l1, transformed_l1_value_and_grad
+from tscnc_kernels.ops.transformed_l1 import (
+    reference,
+    transformed_l1,
+    transformed_l1_value_and_grad,
+)
 
 
 def many(make):
@@ -35,7 +39,8 @@ class TestTransformedL1(OpSuite):
             "empty_and_many": many,
         },
         raw_calls=raw_calls,
-        # The float32 value is a sum over some 2,500 elements; float16's gradient at a = 0.01 has slopes up to 1e2.
+        # The float32 value is a sum over some 2,500 elements; float16's gradient at a = 0.01 has
+        # slopes up to 1e2.
         tolerances={torch.float16: 4e-3, torch.float32: 2e-5},
     )
 
@@ -102,7 +107,12 @@ def test_extreme_magnitudes_do_not_overflow(isa):
         (torch.zeros(3), 1.0, TypeError, "list of tensors, got Tensor"),
         ([3.0], 1.0, TypeError, r"tensors\[0\] to be a tensor, got float"),
         ([torch.zeros(3, dtype=torch.int64)], 1.0, TypeError, "got torch.int64"),
-        ([torch.zeros(3), torch.zeros(3).half()], 1.0, TypeError, "torch.float32 and torch.float16"),
+        (
+            [torch.zeros(3), torch.zeros(3).half()],
+            1.0,
+            TypeError,
+            "torch.float32 and torch.float16",
+        ),
         ([torch.zeros(3), torch.zeros(3, device="meta")], 1.0, ValueError, "cpu and meta"),
         ([torch.zeros(3).to_sparse()], 1.0, ValueError, "torch.sparse_coo"),
         ([torch.zeros(3)], 0.0, ValueError, "a > 0, got 0.0"),
@@ -115,6 +125,8 @@ def test_bad_input_is_named(tensors, a, error, message):
 
 
 def test_explicit_backend_never_falls_back(monkeypatch):
-    monkeypatch.setattr("tscnc_kernels._backend._triton_runs_on", lambda device: "no GPU in this test")
+    monkeypatch.setattr(
+        "tscnc_kernels._backend._triton_runs_on", lambda device: "no GPU in this test"
+    )
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: no GPU in this test"):
         tscnc_kernels.transformed_l1([torch.ones(3)], backend="triton")
