@@ -230,8 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         temporary.write_text(json.dumps(content, indent=1))
         os.replace(temporary, options.json)
     spilling = sorted({row.kernel for row in rows if row.spill_bytes})
-    if spilling:
-        print("kernels that spill registers:", *spilling, sep="\n")
+    print(f"{len(rows)} builds, {len(spilling)} kernels spill registers", *spilling)
     return 1 if spilling else 0
 
 

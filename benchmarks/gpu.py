@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu [--minutes 8] [--output FOLDER] [--fresh]
 
-Checks the build, compiles every kernel ahead of time, and then, on a GPU, runs the suite of every
-op on CUDA, its benchmarks, and compute-sanitizer where it is installed. What every step gave is
-kept in `benchmarks/results/<gpu>/state.json`: a second run goes on with the steps that have not
-passed since the sources changed. `summary.md` and `summary.csv` are written after every step, so
-that they are there when time runs out. Without a GPU it ends after the steps that need none.
+Checks the build, runs on a GPU the suite of every op on CUDA, its benchmarks, and compute-sanitizer
+where it is installed, and compiles every kernel ahead of time. What every step gave is kept in
+`benchmarks/results/<gpu>/state.json`: a second run goes on with the steps that have not passed with
+the present sources. `summary.md` and `summary.csv` are written after every step, so that they are
+there when time runs out. Without a GPU only the steps that need none are run.
 """
 
 import argparse
@@ -182,14 +182,16 @@ def markdown_table(path: Path) -> list[str]:
     return [header, "|" + "---|" * len(rows[0]), *body]
 
 
-def steps_without_gpu(folder: Path) -> list[Step]:
-    """What any machine can check."""
+def build_step() -> Step:
+    """Whether the library loads, and what it was built for."""
     build = "import tscnc_kernels; print(tscnc_kernels.build_info())"
+    return Step(BUILD, (sys.executable, "-c", build))
+
+
+def compile_step(folder: Path) -> Step:
+    """Registers, shared memory and spills of every kernel."""
     report = ("-m", "benchmarks.compile_report", "--json", str(folder / "compile_report.json"))
-    return [
-        Step(BUILD, (sys.executable, "-c", build)),
-        Step("compile report", (sys.executable, *report), limit_s=300),
-    ]
+    return Step("compile report", (sys.executable, *report), limit_s=300)
 
 
 def steps_with_gpu(folder: Path) -> list[Step]:
@@ -237,7 +239,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def run_steps(results: Results, deadline: float, sources: str) -> bool:
-    """Runs what is not done yet; False if the user interrupts, or if there is no library to test."""
+    """Runs what is not done yet; False if the user interrupts or there is no library to test."""
     results.write()
     for step in results.steps:
         if results.is_done(step, sources):
@@ -265,15 +267,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     machine = describe_machine()
     gpu = machine.get("GPU")
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") if gpu else ""
     default = ROOT / "benchmarks/results" / slug if gpu else ROOT / "build/gpu"
     results = Results((options.output or default).resolve(), machine, options.fresh)
     sources = source_digest()
-    results.steps = steps_without_gpu(results.folder)
-    if gpu:
-        results.steps += steps_with_gpu(results.folder)
+    gpu_steps = steps_with_gpu(results.folder) if gpu else []
+    # What needs no GPU can wait where there is one.
+    results.steps = [build_step(), *gpu_steps, compile_step(results.folder)]
     is_complete = run_steps(results, deadline, sources)
     print(f"summary: {results.folder / 'summary.md'}")
     statuses = {status for _, status, _, _ in results.rows()}
