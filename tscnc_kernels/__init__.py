@@ -4,6 +4,7 @@ ops.
 
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
+from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.transformed_l1 import transformed_l1, transformed_l1_value_and_grad
 
 __version__: str = build_info()["version"]
@@ -11,6 +12,7 @@ __version__: str = build_info()["version"]
 __all__ = [
     "available_backends",
     "build_info",
+    "extreme_singular_values",
     "transformed_l1",
     "transformed_l1_value_and_grad",
     "use_backend",

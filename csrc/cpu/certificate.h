@@ -1,16 +1,14 @@
-// Two-sided bounds of the extreme singular values that hold in spite of rounding. One side is |Av| / |v|; the
-// other is a Cholesky factorisation that succeeds: t I - A'A > 0 proves sigma_max^2 <= t, A'A - s I > 0 proves
-// sigma_min^2 >= s. Charged to the shift: the rounded Gram matrix, m u |A|_F^2, and the factorisation,
-// (n + 1) u trace (Demmel 1989; Rump 2006), with slack.
+// Two-sided bounds of the extreme singular values that hold in spite of rounding. One side is |Av|
+// / |v|; the other is a Cholesky factorisation that succeeds: t I - A'A > 0 proves sigma_max^2 <=
+// t, A'A - s I > 0 proves sigma_min^2 >= s. Charged to the shift: the rounded Gram matrix, m u
+// |A|_F^2, and the factorisation, (n + 1) u trace (Demmel 1989; Rump 2006), with slack.
 #pragma once
 
 #include <initializer_list>
 
-#include "tall_matrix.h"
+#include "extreme_vectors.h"
 
 namespace tscnc::TSCNC_ISA {
-
-constexpr double kUnit = 0x1p-53;
 
 struct Interval {
   double lower, upper;
@@ -18,10 +16,10 @@ struct Interval {
 
 struct CertificateInput {
   const double* gram;
-  double* factor;              // symmetric_size(n) scratch
+  double* factor;  // symmetric_size(n) scratch
   double* packed;
   int64_t m, n, ld;
-  double trace;                // |A|_F^2 as computed
+  double trace;  // |A|_F^2 as computed
 };
 
 // factor := sign * gram + shift * I, then whether it factors.

@@ -1,10 +1,10 @@
-// Dense symmetric fp64 algebra for the spectral kernels: rank-k update, Cholesky, triangular solves and
-// matrix-vector products for two vectors at a time.
+// Dense symmetric fp64 algebra for the spectral kernels: rank-k update, Cholesky, triangular solves
+// and matrix-vector products for two vectors at a time.
 //
-// Layout: a symmetric or triangular n x n matrix is row-major with leading dimension ld = padded_length(n);
-// only the upper triangle is meaningful, what lies below the diagonal is scratch. Columns n..ld-1 are zero,
-// which lets every loop run on whole vectors, and kPadding rows follow the last one. Vectors hold ld
-// elements, zero behind the n-th.
+// Layout: a symmetric or triangular n x n matrix is row-major with leading dimension ld =
+// padded_length(n); only the upper triangle is meaningful, what lies below the diagonal is scratch.
+// Columns n..ld-1 are zero, which lets every loop run on whole vectors, and kPadding rows follow
+// the last one. Vectors hold ld elements, zero behind the n-th.
 #pragma once
 
 #include <cmath>
@@ -125,8 +125,8 @@ inline void solve_panel(const double* diagonal, double* right, int64_t ld, int64
   }
 }
 
-// In place R with R'R = the symmetric matrix in r; false when it is not numerically positive definite.
-// packed: kFactorRows * padded_length(n).
+// In place R with R'R = the symmetric matrix in r; false when it is not numerically positive
+// definite. packed: kFactorRows * padded_length(n).
 inline bool cholesky(double* r, int64_t ld, int64_t n, double* packed) {
   for (int64_t k = 0; k < n; k += kFactorRows) {
     const int64_t rows = n - k < kFactorRows ? n - k : kFactorRows, next = k + rows;

@@ -1,6 +1,7 @@
-// Leading eigenpairs of a symmetric operator by block Lanczos with two vectors, full reorthogonalisation and
-// thick restarts (Golub & Underwood 1977; Wu & Simon 2000). The projected matrix is formed explicitly, so it is
-// Q'AQ whatever the basis went through: restarts, exhausted blocks, fresh random columns.
+// Leading eigenpairs of a symmetric operator by block Lanczos with two vectors, full
+// reorthogonalisation and thick restarts (Golub & Underwood 1977; Wu & Simon 2000). The projected
+// matrix is formed explicitly, so it is Q'AQ whatever the basis went through: restarts, exhausted
+// blocks, fresh random columns.
 #pragma once
 
 #include <initializer_list>
@@ -13,7 +14,8 @@ namespace tscnc::TSCNC_ISA {
 
 constexpr int64_t kMaxBasis = 48;
 
-// Pseudo-random in (-1, 1) from a counter (SplitMix64): the same for every run, thread and list position.
+// Pseudo-random in (-1, 1) from a counter (SplitMix64): the same for every run, thread and list
+// position.
 inline double counter_uniform(uint64_t column, uint64_t index) {
   uint64_t z = (column << 40) + index + 1;
   z *= 0x9e3779b97f4a7c15u;
@@ -35,15 +37,16 @@ inline double normalise(double* x, int64_t ld) {
   return norm;
 }
 
-// Makes x orthogonal to `count` orthonormal rows (twice is enough) and of length 1; where less than `tiny` of it
-// is left, a fresh random column takes its place.
+// Makes x orthogonal to `count` orthonormal rows (twice is enough) and of length 1; where less than
+// `tiny` of it is left, a fresh random column takes its place.
 inline void append_orthonormal(const double* rows, int64_t count, int64_t n, int64_t ld, double* x,
                                double tiny, uint64_t* column) {
   for (int attempt = 0; attempt < 4; ++attempt) {
     double norm = normalise(x, ld);
     bool usable = norm > tiny;
     for (int pass = 0; pass < 2 && usable; ++pass) {
-      for (int64_t i = 0; i < count; ++i) add_scaled(x, -dot(rows + i * ld, x, ld), rows + i * ld, ld);
+      for (int64_t i = 0; i < count; ++i)
+        add_scaled(x, -dot(rows + i * ld, x, ld), rows + i * ld, ld);
       usable = normalise(x, ld) > (pass == 0 ? 1e-10 : 0.5);
     }
     if (usable) return;
@@ -53,14 +56,14 @@ inline void append_orthonormal(const double* rows, int64_t count, int64_t n, int
 }
 
 struct KrylovOptions {
-  double tolerance;       // relative error of the leading eigenvalue to stop at
-  double tie_gap;         // relative gap below which eigenvalues count as tied
-  int64_t max_blocks;     // operator applications, two vectors each
+  double tolerance;    // relative error of the leading eigenvalue to stop at
+  double tie_gap;      // relative gap below which eigenvalues count as tied
+  int64_t max_blocks;  // operator applications, two vectors each
 };
 
 struct KrylovResult {
-  double error;           // estimated relative error of the leading eigenvalue
-  int64_t ties;           // leading eigenvalues within tie_gap, at most kMaxTies
+  double error;  // estimated relative error of the leading eigenvalue
+  int64_t ties;  // leading eigenvalues within tie_gap, at most kMaxTies
 };
 
 class KrylovSpace {
@@ -68,8 +71,8 @@ class KrylovSpace {
   // basis: (kMaxBasis + 2) * ld.
   KrylovSpace(int64_t n, int64_t ld, double* basis) : n_(n), ld_(ld), basis_(basis) {}
 
-  // block: kMaxTies * ld; its first two rows hold the start, random where they are zero, and afterwards the
-  // leading eigenvectors, at least two where n allows.
+  // block: kMaxTies * ld; its first two rows hold the start, random where they are zero, and
+  // afterwards the leading eigenvectors, at least two where n allows.
   template <class Apply>
   KrylovResult run(const Apply& apply, const KrylovOptions& options, double* block) {
     const int64_t limit = n_ < kMaxBasis ? n_ : kMaxBasis;
@@ -89,7 +92,8 @@ class KrylovSpace {
         if (capped || full) break;
         if (converged && applied >= probe_until) {
           if (first_done == 0) first_done = applied;
-          // A block of two sees at most two copies of an eigenvalue: look for more with fresh columns.
+          // A block of two sees at most two copies of an eigenvalue: look for more with fresh
+          // columns.
           if (result.ties < 2 || result.ties <= probed_ties || result.ties == kMaxTies) break;
           probed_ties = result.ties;
           probe_until = applied + first_done;
@@ -142,7 +146,8 @@ class KrylovSpace {
     last_ = last;
   }
 
-  // Ritz pairs of the current basis, their ties and the error estimate |r|^2 / gap, never above |r|.
+  // Ritz pairs of the current basis, their ties and the error estimate |r|^2 / gap, never above
+  // |r|.
   KrylovResult assess(const KrylovOptions& options, bool full) {
     for (int64_t i = 0; i < size_; ++i) {
       for (int64_t j = 0; j < size_; ++j) scratch_[i * size_ + j] = projected_[i][j];
@@ -207,10 +212,11 @@ class KrylovSpace {
   double values_[kMaxBasis], work_[3 * kMaxBasis];
 };
 
-// The classic baseline: one vector, one application a step. block as above; its second row becomes random.
+// The classic baseline: one vector, one application a step. block as above; its second row becomes
+// random.
 template <class Apply>
-KrylovResult power_iteration(const Apply& apply, int64_t n, int64_t ld, const KrylovOptions& options,
-                             double* basis, double* block) {
+KrylovResult power_iteration(const Apply& apply, int64_t n, int64_t ld,
+                             const KrylovOptions& options, double* basis, double* block) {
   double *x = basis, *y = basis + ld, *unused = basis + 2 * ld;
   uint64_t column = 0;
   std::memcpy(x, block, static_cast<size_t>(ld) * sizeof(double));

@@ -1,5 +1,6 @@
-// Triangular factor of a tall matrix by Householder reflections, a block of rows at a time: R'R = A'A with the
-// error of an orthogonal factorisation, u |A|, where the Gram matrix loses everything below sqrt(u) |A|.
+// Triangular factor of a tall matrix by Householder reflections, a block of rows at a time: R'R =
+// A'A with the error of an orthogonal factorisation, u |A|, where the Gram matrix loses everything
+// below sqrt(u) |A|.
 #pragma once
 
 #include "tall_matrix.h"
@@ -33,7 +34,8 @@ inline void fold_rows(double* r, int64_t ld, int64_t n, double* panel, int64_t c
       store(row + i, load(row + i) - sum);
       store(w + i, sum);
     }
-    for (int64_t k = 0; k < count; ++k) add_scaled(panel + k * ld + j + 1, -v[k], w + j + 1, n - j - 1);
+    for (int64_t k = 0; k < count; ++k)
+      add_scaled(panel + k * ld + j + 1, -v[k], w + j + 1, n - j - 1);
   }
 }
 

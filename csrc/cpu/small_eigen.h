@@ -1,6 +1,6 @@
-// Eigenvalues and eigenvectors of one small dense symmetric matrix: Householder tridiagonalisation and
-// implicit QL with Wilkinson's shift (Golub & Van Loan, Matrix Computations, 8.3). For the projected matrices
-// of the Krylov spaces, at most a few dozen rows.
+// Eigenvalues and eigenvectors of one small dense symmetric matrix: Householder tridiagonalisation
+// and implicit QL with Wilkinson's shift (Golub & Van Loan, Matrix Computations, 8.3). For the
+// projected matrices of the Krylov spaces, at most a few dozen rows.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,8 @@
 
 namespace tscnc::TSCNC_ISA {
 
-// Reduces a (k x k, row-major, destroyed) to diagonal d and subdiagonal e; rows of q become the transposed
-// orthogonal factor, so that q a q' is tridiagonal. v: 2 k scratch.
+// Reduces a (k x k, row-major, destroyed) to diagonal d and subdiagonal e; rows of q become the
+// transposed orthogonal factor, so that q a q' is tridiagonal. v: 2 k scratch.
 inline void tridiagonalise(int64_t k, double* a, double* d, double* e, double* q, double* v) {
   double* p = v + k;
   for (int64_t i = 0; i < k; ++i) {
@@ -47,7 +47,8 @@ inline void tridiagonalise(int64_t k, double* a, double* d, double* e, double* q
   }
 }
 
-// One implicit QL step on rows low..high of the tridiagonal matrix, the rotations applied to the rows of q.
+// One implicit QL step on rows low..high of the tridiagonal matrix, the rotations applied to the
+// rows of q.
 inline void ql_step(int64_t k, int64_t low, int64_t high, double* d, double* e, double* q) {
   double g = (d[low + 1] - d[low]) / (2 * e[low]);
   double r = std::hypot(g, 1.0);

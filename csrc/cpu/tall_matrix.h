@@ -1,5 +1,5 @@
-// A matrix seen tall, m >= n, whatever way it is stored: wide storage is read transposed, masked entries are
-// zero, removed rows and columns are skipped, and everything is fp64 from here on.
+// A matrix seen tall, m >= n, whatever way it is stored: wide storage is read transposed, masked
+// entries are zero, removed rows and columns are skipped, and everything is fp64 from here on.
 #pragma once
 
 #include <cmath>
@@ -12,19 +12,20 @@
 
 namespace tscnc::TSCNC_ISA {
 
-// Compressed rows of the tall matrix, built when the pattern is sparse enough for rank-1 updates to win.
+// Compressed rows of the tall matrix, built when the pattern is sparse enough for rank-1 updates to
+// win.
 struct SparseRows {
-  int64_t* begin;    // m + 1
-  int32_t* column;   // nnz
-  double* value;     // nnz
+  int64_t* begin;   // m + 1
+  int32_t* column;  // nnz
+  double* value;    // nnz
 };
 
 struct TallMatrix {
   const SpectralMatrix* source;
-  bool transposed;             // the small side is the stored rows
+  bool transposed;  // the small side is the stored rows
   int64_t m, n;
   const int64_t *long_kept, *short_kept;
-  double scale;                // a power of two that keeps squares of fp64 entries in range
+  double scale;  // a power of two that keeps squares of fp64 entries in range
   bool sparse;
   SparseRows rows;
 };
@@ -157,7 +158,8 @@ inline void build_sparse_rows(TallMatrix* a, int32_t* position) {
     if (at >= 0 && short_position[a->transposed ? row : col] >= 0) ++rows.begin[at + 1];
   });
   for (int64_t i = 0; i < a->m; ++i) rows.begin[i + 1] += rows.begin[i];
-  // Filling moves every begin to its row's end, which is the next row's begin: shift back afterwards.
+  // Filling moves every begin to its row's end, which is the next row's begin: shift back
+  // afterwards.
   for_each_kept(source, [&](int64_t row, int64_t col) {
     const int32_t at = long_position[a->transposed ? col : row];
     const int32_t column = short_position[a->transposed ? row : col];
@@ -193,7 +195,8 @@ inline void gram(const TallMatrix& a, double* g, int64_t ld, double* panel, doub
   }
 }
 
-// y := A x (4 vectors of stride y_stride) and z := A'y in one pass over A. x, z: 4 rows of length ld.
+// y := A x (4 vectors of stride y_stride) and z := A'y in one pass over A. x, z: 4 rows of length
+// ld.
 inline void multiply_both(const TallMatrix& a, const double* x, double* y, int64_t y_stride,
                           double* z, int64_t ld, double* panel) {
   std::memset(z, 0, static_cast<size_t>(4 * ld) * sizeof(double));
