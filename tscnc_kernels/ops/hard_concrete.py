@@ -113,9 +113,7 @@ def reference_backward(
 
 
 @torch.library.register_fake("tscnc_kernels::hard_concrete")
-def _(
-    log_alpha: Tensor, uniform: Tensor | None, beta: float, gamma: float, zeta: float
-) -> Tensor:
+def _(log_alpha: Tensor, uniform: Tensor | None, beta: float, gamma: float, zeta: float) -> Tensor:
     return torch.empty_like(log_alpha)
 
 

@@ -36,7 +36,9 @@ def _check(weights: Sequence[Tensor], ridge: float) -> None:
         raise ValueError("expected at least one weight, got an empty list")
     for index, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
-            raise TypeError(f"expected weights[{index}] to be a tensor, got {type(weight).__name__}")
+            raise TypeError(
+                f"expected weights[{index}] to be a tensor, got {type(weight).__name__}"
+            )
         if weight.dtype not in _DTYPES:
             raise TypeError(
                 f"expected weights[{index}] of dtype float32, float64, bfloat16 or float16, "
