@@ -13,9 +13,10 @@ def raw_calls():
     ops = torch.ops.tscnc_kernels
     weights = [torch.randn(5, 3), torch.randn(2, 4)]
     _, factors = ops.logdet_gram(weights, 1e-3)
+    grad_output = torch.tensor([1.0, -2.0], dtype=torch.float64)
     return [
         (ops.logdet_gram.default, (weights, 1e-3)),
-        (ops.logdet_gram_backward.default, (torch.tensor([1.0, -2.0]), weights, factors, 1e-3)),
+        (ops.logdet_gram_backward.default, (grad_output, weights, factors, 1e-3)),
     ]
 
 
@@ -91,7 +92,8 @@ def test_golden_value_and_hand_worked_gradient(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_relative_ridge_by_hand(backend):
-    # tr = 1, n = 2: G = diag(1 + 1/4, 1/4), G/2 has the determinant 5/64. d/dw₀₀ of log((1 + r/2) r/2 w⁴) = 4/w.
+    # tr = 1, n = 2: G = diag(1 + 1/4, 1/4), G/2 has the determinant 5/64. d/dw₀₀ of log((1 + r/2)
+    # r/2 w⁴) = 4/w.
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     value = logdet_gram(weight, ridge=0.5, backend=backend)
     assert value.item() == pytest.approx(math.log(5 / 64), abs=1e-12)
