@@ -121,10 +121,10 @@ class _Linearised(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         # A name with one underscore at its end works in place.
-        in_place = name.endswith("_") and not name.endswith("__") and isinstance(args[0], Tensor)
+        in_place = name.endswith("_") and not name.endswith("__") and len(args) > 0
         target = args[0] if in_place else None
-        if in_place:
-            args = (args[0].clone(), *args[1:])
+        if isinstance(target, Tensor):
+            args = (target.clone(), *args[1:])
         output = _linearised(func, name.strip("_"), args, kwargs or {})
         if not isinstance(output, Tensor) or not output.requires_grad:
             return output

@@ -243,6 +243,16 @@ def test_synflow_refuses_to_do_without_an_example_input() -> None:
         scores.synflow(small_mlp(), example_input=torch.zeros(1, 6, dtype=torch.int64))
 
 
+def test_parametrized_weights_count_as_what_they_are() -> None:
+    model = small_mlp()
+    nn.utils.parametrizations.weight_norm(model[0])
+    got = scores.synflow(model, example_input=torch.zeros(1, 6))
+    expected = scores.synflow(small_mlp(), example_input=torch.zeros(1, 6))
+    for name, score in expected.items():
+        torch.testing.assert_close(got[name], score)
+    assert nn.utils.parametrize.is_parametrized(model[0], "weight")
+
+
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="ReLU has no Linear or Conv2d layer"):
         scores.magnitude(nn.ReLU())
