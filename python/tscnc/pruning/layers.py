@@ -1,8 +1,8 @@
 """The prunable layers of a model, and masks keyed by their names.
 
 Prunable are the weights of `nn.Linear`, `nn.Conv2d` and the masked layers of `tscnc_kernels.nn`
-(recognised by their ``pattern``). Their names are parameter names, ``"0.weight"``; wherever names
-are given, the module's name (``"0"``) is understood as well.
+(recognised by ``pattern`` and ``dense_weight``). Their names are parameter names, ``"0.weight"``;
+wherever names are given, the module's name (``"0"``) is understood as well.
 """
 
 import copy
@@ -103,12 +103,11 @@ def _parameter_name(module_name: str) -> str:
 
 
 def _is_masked(module: nn.Module) -> bool:
-    return hasattr(module, "pattern") and (hasattr(module, "weight") or hasattr(module, "values"))
+    return hasattr(type(module), "pattern") and hasattr(type(module), "dense_weight")
 
 
 def _dense_weight(module: Any) -> Tensor:
-    values = getattr(module, "values", None)
-    weight: Tensor = module.weight if values is None else module.pattern.scatter(values)
+    weight: Tensor = module.dense_weight if _is_masked(module) else module.weight
     return weight
 
 
