@@ -1,0 +1,109 @@
+// The pybind11 module `tscnc_kernels._C`: what the binary is, and which CPU kernels run. No tensors here:
+// the ops register themselves with torch when this library is loaded.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "build_config.h"
+#include "cpu/isa.h"
+
+namespace tscnc {
+namespace {
+
+std::vector<std::string> words(const char* text) {
+  std::istringstream stream(text);
+  std::vector<std::string> result;
+  for (std::string word; stream >> word;) result.push_back(word);
+  return result;
+}
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2 && avx512) return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+
+Isa parse_isa(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name != kIsaNames[i]) continue;
+    if (i > static_cast<int>(best_isa())) {
+      throw std::runtime_error("TSCNC_ISA: this CPU does not run '" + name + "', its best is '" +
+                               kIsaNames[static_cast<int>(best_isa())] + "'");
+    }
+    return static_cast<Isa>(i);
+  }
+  throw std::runtime_error("TSCNC_ISA: expected portable, avx2 or avx512, got '" + name + "'");
+}
+
+std::atomic<int> g_isa{0};
+
+void set_isa(const std::string& name) {
+  g_isa.store(static_cast<int>(name.empty() ? best_isa() : parse_isa(name)));
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = TSCNC_VERSION;
+  info["source_digest"] = TSCNC_SOURCE_DIGEST;
+  info["cpu_isas"] = words(TSCNC_CPU_ISAS);
+  const std::vector<std::string> archs = words(TSCNC_CUDA_ARCHS);
+  info["cuda_archs"] = archs.empty() ? pybind11::object(pybind11::none()) : pybind11::cast(archs);
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch_stable_abi"] = "2.11";
+  return info;
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+#define TSCNC_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) found.push_back(name)
+  TSCNC_FEATURE("avx2");
+  TSCNC_FEATURE("fma");
+  TSCNC_FEATURE("f16c");
+  TSCNC_FEATURE("bmi2");
+  TSCNC_FEATURE("avx512f");
+  TSCNC_FEATURE("avx512bw");
+  TSCNC_FEATURE("avx512dq");
+  TSCNC_FEATURE("avx512vl");
+  TSCNC_FEATURE("avx512bf16");
+#undef TSCNC_FEATURE
+#endif
+  return found;
+}
+
+}  // namespace
+
+Isa active_isa() { return static_cast<Isa>(g_isa.load(std::memory_order_relaxed)); }
+
+}  // namespace tscnc
+
+PYBIND11_MODULE(_C, module) {
+  const char* forced = std::getenv("TSCNC_ISA");
+  tscnc::set_isa(forced ? forced : "");
+  module.def("build_info", &tscnc::build_info, "What this binary was built from and for.");
+  module.def("cpu_features", &tscnc::cpu_features, "Instruction sets of this CPU that kernels use.");
+  module.def("set_isa", &tscnc::set_isa, pybind11::arg("name"),
+             "Run the CPU kernels of this instruction set; an empty name means the best one.");
+  module.def("active_isa",
+             [] { return std::string(tscnc::kIsaNames[static_cast<int>(tscnc::active_isa())]); },
+             "The instruction set whose CPU kernels run.");
+}

@@ -1,0 +1,15 @@
+"""Sparse-masked matmul, extreme singular values and penalties for highly pruned networks, as torch ops."""
+
+from tscnc_kernels._backend import available_backends, use_backend
+from tscnc_kernels._build import build_info
+from tscnc_kernels.ops.transformed_l1 import transformed_l1, transformed_l1_value_and_grad
+
+__version__: str = build_info()["version"]
+
+__all__ = [
+    "available_backends",
+    "build_info",
+    "transformed_l1",
+    "transformed_l1_value_and_grad",
+    "use_backend",
+]

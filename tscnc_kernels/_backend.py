@@ -1,0 +1,125 @@
+"""Which implementation of an op runs: native (compiled), triton, or reference (plain torch).
+
+An explicit choice — the `backend=` argument, `use_backend()`, or the environment variable TSCNC_BACKEND —
+runs exactly that or raises with the reason. Without one, the first backend of the op's `BACKENDS` that can
+run on the tensors' device is taken.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+from types import TracebackType
+
+import torch
+
+logger = logging.getLogger("tscnc_kernels")
+
+NAMES = ("native", "triton", "reference")
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+_forced: str | None = os.environ.get("TSCNC_BACKEND") or None
+_registry: dict[str, tuple[str, ...]] = {}
+
+
+def register(op: str, backends: tuple[str, ...]) -> None:
+    """Declare the backends of an op in order of preference."""
+    _registry[op] = backends
+
+
+@functools.cache
+def _triton_runs_on(device_type: str) -> str | None:
+    """None if Triton kernels run on this device, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "Triton needs a CUDA device, or TRITON_INTERPRET=1 set before the first import"
+
+
+@torch.compiler.assume_constant_result
+def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
+    """None if this backend of the op runs on the device, else the reason why not."""
+    if backend not in _registry[op]:
+        return f"this op has only {', '.join(_registry[op])}"
+    if backend == "triton":
+        return _triton_runs_on(device_type)
+    if backend == "native":
+        key = _DISPATCH_KEYS.get(device_type)
+        if key is None:
+            return "native kernels exist for cpu and cuda"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"tscnc_kernels::{op}", key):
+            return f"this build has no {key} kernel of it (see tscnc_kernels.build_info())"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _first_available(op: str, device_type: str) -> str:
+    for backend in _registry[op]:
+        if why_unavailable(op, backend, device_type) is None:
+            logger.debug("%s on %s: backend %s", op, device_type, backend)
+            return backend
+    raise RuntimeError(f"{op}: no backend runs on {device_type}")
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise RuntimeError(f"expected backend to be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def select(op: str, device: torch.device, backend: str | None = None) -> str:
+    """The backend that runs `op` on `device`.
+
+    Raises:
+        RuntimeError: an explicitly chosen backend is unknown or cannot run here.
+    """
+    wanted = backend if backend is not None else _forced
+    if wanted is None:
+        return _first_available(op, device.type)
+    _check_name(wanted)
+    reason = why_unavailable(op, wanted, device.type)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {wanted!r} cannot run on {device.type}: {reason}")
+    return wanted
+
+
+class use_backend:  # noqa: N801 (reads as a function; returned object also works in `with`)
+    """Run every op on one backend from now on, or inside a `with` block.
+
+    Args:
+        name: "native", "triton" or "reference"; None returns to the automatic choice.
+
+    Raises:
+        RuntimeError: unknown name. Ops raise it when the backend cannot run on their tensors' device.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            _check_name(name)
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def available_backends(op: str, device: str | torch.device = "cpu") -> list[str]:
+    """Backends of the op that run on the device, in order of preference.
+
+    Raises:
+        ValueError: no op has that name.
+    """
+    if op not in _registry:
+        raise ValueError(f"expected op to be one of {', '.join(sorted(_registry))}, got {op!r}")
+    device_type = torch.device(device).type
+    return [name for name in _registry[op] if why_unavailable(op, name, device_type) is None]
