@@ -1,7 +1,7 @@
 """Image data sets as tensors: the embedded digits, MNIST and Fashion-MNIST.
 
-``digits`` ships inside the package (``digits.npz``): 1,797 images of 8 x 8 pixels with values 0..16,
-the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine
+``digits`` ships inside the package (``digits.npz``): 1,797 images of 8 x 8 pixels, 0..16 each, the
+test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine
 Learning Repository, 1998, https://doi.org/10.24432/C50P49), licensed CC BY 4.0. The file holds the
 images and labels exactly as scikit-learn's ``load_digits`` returns them, as uint8; the pixels are
 divided by 16 here, nothing else is changed. The split into 1,442 training and 355 test images is
@@ -192,8 +192,8 @@ def _load_idx(name: str, data_dir: Path | None) -> Dataset:
     test_images, test_labels = _read_pair(name, data_dir, "t10k")
     if train_images.shape[1:] != test_images.shape[1:]:
         raise ValueError(
-            f"{name}: expected test images of shape {tuple(train_images.shape[1:])}, as the training "
-            f"images are, got {tuple(test_images.shape[1:])}"
+            f"{name}: expected test images shaped like the training images, "
+            f"{tuple(train_images.shape[1:])}, got {tuple(test_images.shape[1:])}"
         )
     return Dataset(name, train_images, train_labels, test_images, test_labels, _NUM_CLASSES)
 
