@@ -1,6 +1,7 @@
 """Adversarial examples: a threat model, one projected-gradient loop, and the TRADES loss.
 
-Inputs are images with values in [0, 1]; every point an attack visits after its start stays there and in the ball.
+Inputs are images with values in [0, 1]; every point an attack visits after its start stays there
+and in the ball.
 
 Source: Madry et al., arXiv 1706.06083 (PGD); Zhang et al., arXiv 1901.08573 (TRADES).
 """
@@ -18,13 +19,14 @@ from torch.nn import functional as F
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-# TRADES starts its inner maximisation at a small Gaussian step, because the gradient of the divergence is 0 at the input.
+# TRADES starts its inner maximisation at a small Gaussian step, because the gradient of the
+# divergence is 0 at the input.
 _TRADES_START_SCALE = 1e-3
 
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """The set of perturbations an attacker may use: a ball of radius `epsilon` in the norm `"Linf"` or `"L2"`.
+    """The perturbations an attacker may use: a ball of radius `epsilon` in norm `"Linf"` or `"L2"`.
 
     Raises:
         ValueError: another norm, or a radius that is negative or not finite.
@@ -40,10 +42,10 @@ class ThreatModel:
             raise ValueError(f"expected a finite epsilon >= 0, got {self.epsilon!r}")
 
     def project(self, adversarial: Tensor, input: Tensor) -> Tensor:
-        """Returns the point of the ball around `input`, and of [0, 1], that `adversarial` projects to.
+        """Returns the point of the ball around `input`, and of [0, 1], nearest to `adversarial`.
 
-        For `"Linf"` it is the nearest such point. For `"L2"` the ball comes first and [0, 1] second: clamping towards an input
-        that lies in [0, 1] never leaves the ball.
+        For `"Linf"` this is exact. For `"L2"` the ball comes first and [0, 1]
+        second: clamping towards an input that lies in [0, 1] never leaves the ball.
         """
         delta = adversarial - input
         if self.norm == "Linf":
@@ -53,7 +55,7 @@ class ThreatModel:
         return (input + delta).clamp(0.0, 1.0)
 
     def step(self, adversarial: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """Returns `adversarial` moved by `step_size` in the direction of steepest ascent of this norm."""
+        """Returns `adversarial` moved by `step_size` along this norm's steepest ascent."""
         if self.norm == "Linf":
             return adversarial + step_size * gradient.sign()
         return adversarial + step_size * gradient / _norm(gradient).clamp_min(1e-12)
@@ -83,7 +85,9 @@ def pgd(
     loss: Loss = F.cross_entropy,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Computes adversarial examples by projected gradient ascent: x ← project(x + step_size · direction(∇ₓ loss)).
+    """Computes adversarial examples by projected gradient ascent.
+
+    A step is x ← project(x + step_size · direction(∇ₓ loss)).
 
     Args:
         model: maps (N, …) images to (N, classes) logits; its parameters receive no gradient.
@@ -150,7 +154,8 @@ def trades_loss(
         generator: source of the Gaussian start; torch's global one if None.
 
     Returns:
-        `loss` and its parts `natural` and `robust` (the divergence before β), scalars; `output`, the (N, classes) clean logits.
+        `loss` and its parts `natural` and `robust` (the divergence before β), scalars; `output`,
+        the (N, classes) clean logits.
 
     Source: arXiv 1901.08573, eq. (5).
     """
@@ -181,12 +186,14 @@ def trades_loss(
 
 def divergence(logits: Tensor, log_target: Tensor) -> Tensor:
     """Computes KL(p ‖ softmax(logits)) averaged over the batch, for p given by its logarithm."""
-    return F.kl_div(F.log_softmax(logits, dim=1), log_target, reduction="batchmean", log_target=True)
+    return F.kl_div(
+        F.log_softmax(logits, dim=1), log_target, reduction="batchmean", log_target=True
+    )
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Switches the parameters' gradients off, so that the attack's backward computes only the input's."""
+    """Switches the parameters' gradients off: the attack's backward needs only the input's."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

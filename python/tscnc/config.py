@@ -1,7 +1,8 @@
-"""The configuration of a training run: one frozen dataclass, readable as YAML and as command-line flags.
+"""The configuration of a training run: one frozen dataclass, as YAML and as command-line flags.
 
-Every option is declared once, in `TrainConfig`, with its default, its one-line help and what values it accepts. The YAML
-file, the flags of `tscnc train` and all error messages are generated from that declaration.
+Every option is declared once, in `TrainConfig`, with its default, its one-line help and what values
+it accepts. The YAML file, the flags of `tscnc train` and all error messages are generated from that
+declaration.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class TrainConfig:
     """Everything that decides the numbers of one training run.
 
     Raises:
-        ConfigError: a value of the wrong type or outside what its option accepts; the message quotes it.
+        ConfigError: a value of the wrong type or outside what its option accepts; the message
+            quotes it.
     """
 
     dataset: str = _option(
@@ -71,9 +73,7 @@ class TrainConfig:
     seed: int = _option(
         0, "seed of the weights, the data order and the attacks", group="data", check=_NOT_NEGATIVE
     )
-    threads: int = _option(
-        0, "CPU threads; 0 = torch's choice", group="data", check=_NOT_NEGATIVE
-    )
+    threads: int = _option(0, "CPU threads; 0 = torch's choice", group="data", check=_NOT_NEGATIVE)
 
     task: str = _option(
         "trades",
@@ -83,15 +83,16 @@ class TrainConfig:
     )
     epochs: int = _option(20, "epochs before pruning", group="training", check=_NOT_NEGATIVE)
     finetune_epochs: int | None = _option(
-        None, "epochs after pruning; none = as many as before", group="training", check=_NOT_NEGATIVE
+        None,
+        "epochs after pruning; none = as many as before",
+        group="training",
+        check=_NOT_NEGATIVE,
     )
     batch_size: int = _option(128, "images per step", group="training", check=_POSITIVE)
     optimizer: str = _option(
         "sgd", "SGD with Nesterov momentum, or Adam", group="training", choices=("sgd", "adam")
     )
-    lr: float = _option(
-        0.1, "peak learning rate before pruning", group="training", check=_POSITIVE
-    )
+    lr: float = _option(0.1, "peak learning rate before pruning", group="training", check=_POSITIVE)
     finetune_lr: float | None = _option(
         None, "peak learning rate after pruning; none = lr", group="training", check=_POSITIVE
     )
@@ -105,14 +106,20 @@ class TrainConfig:
         check=_FRACTION,
     )
     clip_norm: float = _option(
-        1.0, "largest norm of the whole gradient; 0 = no limit", group="training", check=_NOT_NEGATIVE
+        1.0,
+        "largest norm of the whole gradient; 0 = no limit",
+        group="training",
+        check=_NOT_NEGATIVE,
     )
 
     threat: str = _option(
         "Linf", "norm that bounds the attack", group="attack", choices=("Linf", "L2")
     )
     epsilon: float = _option(
-        0.1, "radius of the attack for pixels in [0, 1]; 8/255 works", group="attack", check=_POSITIVE
+        0.1,
+        "radius of the attack for pixels in [0, 1]; 8/255 works",
+        group="attack",
+        check=_POSITIVE,
     )
     attack_steps: int = _option(
         7, "steps of the attack in training", group="attack", check=_POSITIVE
@@ -169,10 +176,16 @@ class TrainConfig:
         20, "steps of the attack in the final evaluation", group="evaluation", check=_POSITIVE
     )
     eval_examples: int = _option(
-        0, "evaluate on the first N test images only; 0 = all", group="evaluation", check=_NOT_NEGATIVE
+        0,
+        "evaluate on the first N test images only; 0 = all",
+        group="evaluation",
+        check=_NOT_NEGATIVE,
     )
     epoch_examples: int = _option(
-        1000, "test images attacked after each epoch; 0 = all", group="evaluation", check=_NOT_NEGATIVE
+        1000,
+        "test images attacked after each epoch; 0 = all",
+        group="evaluation",
+        check=_NOT_NEGATIVE,
     )
 
     def __post_init__(self) -> None:
@@ -214,7 +227,8 @@ class TrainConfig:
             source: name of the text in error messages.
 
         Raises:
-            ConfigError: text that is no YAML mapping, an unknown key, or a value its option does not accept.
+            ConfigError: text that is no YAML mapping, an unknown key, or a value its option does
+                not accept.
             ModuleNotFoundError: PyYAML is not installed.
         """
         yaml = require("yaml")
@@ -251,7 +265,7 @@ _TYPES = typing.get_type_hints(TrainConfig)
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
-    """Adds one flag per option to `parser`; flags that are not given leave no trace in its namespace."""
+    """Adds one flag per option to `parser`; a flag that is not given leaves no trace."""
     groups: dict[str, Any] = {}
     for name, field in _FIELDS.items():
         group = field.metadata["group"]
@@ -275,7 +289,7 @@ def flag_values(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:
-    """Returns `"; did you mean a or b?"` for the known words nearest to `word`, or an empty string."""
+    """Returns `"; did you mean a or b?"` for the known words nearest to `word`, or nothing."""
     matches = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
@@ -285,7 +299,7 @@ def _flag_type(name: str) -> Callable[[str], Any]:
         try:
             return _parse(name, text)
         except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"{name}: ")) from error
 
     return parse
 

@@ -1,11 +1,15 @@
-"""Optional dependencies: imported where they are used, named with their install command when they are missing."""
+"""Optional dependencies: imported where they are used, named when they are missing."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-_PACKAGES = {"yaml": "pyyaml", "safetensors.torch": "safetensors", "matplotlib.pyplot": "matplotlib"}
+_PACKAGES = {
+    "yaml": "pyyaml",
+    "safetensors.torch": "safetensors",
+    "matplotlib.pyplot": "matplotlib",
+}
 
 
 def require(module: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -35,18 +36,19 @@ def build(
     match = re.fullmatch(r"mlp((?:-[1-9]\d*)+)", _ALIASES.get(name, name))
     if match is None:
         raise ValueError(
-            f"unknown model {name!r}: expected lenet-300-100, or mlp-WIDTH-WIDTH... with the hidden widths"
+            f"unknown model {name!r}: expected lenet-300-100, or mlp-WIDTH-WIDTH... with "
+            "the hidden widths"
         )
     inputs = math.prod(input_shape)
     if inputs < 1 or num_classes < 1:
         raise ValueError(
-            f"expected a non-empty input and at least one class, got input shape {tuple(input_shape)} "
-            f"and {num_classes} classes"
+            f"expected a non-empty input and at least one class, got input shape "
+            f"{tuple(input_shape)} and {num_classes} classes"
         )
     hidden = [int(width) for width in match[1].split("-")[1:]]
     widths = [inputs, *hidden, num_classes]
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         layers += [_linear(fan_in, fan_out, generator), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
