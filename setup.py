@@ -1,8 +1,8 @@
 """Builds `tscnc_kernels._C` with one ninja run.
 
-CPU kernels (`csrc/cpu/*.cpp`) are compiled once per instruction set and chosen at run time. CUDA kernels
-(`csrc/cuda/*.cu`) are compiled whenever nvcc is found and linked into the same library, which also loads on a
-machine without a GPU. Environment variables:
+CPU kernels (`csrc/cpu/*.cpp`) are compiled once per instruction set and chosen at run time. CUDA
+kernels (`csrc/cuda/*.cu`) are compiled whenever nvcc is found and linked into the same library,
+which also loads on a machine without a GPU. Environment variables:
 
 TSCNC_WITH_CUDA=0|1     leave CUDA out, or fail when nvcc is missing (default: use nvcc if it is there)
 TORCH_CUDA_ARCH_LIST    CUDA architectures, e.g. "8.0;9.0+PTX" (the default)
@@ -28,10 +28,10 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # stable ABI of torch 2.11
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 ISA_FLAGS = {"portable": []}
 if platform.machine() in {"x86_64", "AMD64"}:
-    ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c -mbmi -mbmi2 -mpopcnt".split()
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
     ISA_FLAGS["avx512"] = [
         *ISA_FLAGS["avx2"],
-        *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
+        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     ]
 
 
@@ -52,7 +52,11 @@ def find_nvcc() -> str | None:
     if wanted == "0":
         return None
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    candidates = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [
+        *(f"{home}/bin/nvcc" for home in homes if home),
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]
     nvcc = next((found for name in candidates if (found := shutil.which(name))), None)
     if nvcc is None and wanted == "1":
         sys.exit("TSCNC_WITH_CUDA=1, but nvcc was not found: put it on PATH or set CUDA_HOME")
@@ -93,7 +97,9 @@ class NinjaBuild(build_ext):
         self.build_dir.mkdir(parents=True, exist_ok=True)
         self.nvcc = find_nvcc()
         archs = cuda_architectures() if self.nvcc else []
-        print(f"tscnc_kernels: CPU {' '.join(ISA_FLAGS)}; CUDA {' '.join(archs) or 'none (no nvcc)'}")
+        print(
+            f"tscnc_kernels: CPU {' '.join(ISA_FLAGS)}; CUDA {' '.join(archs) or 'none (no nvcc)'}"
+        )
         self.write_config(archs)
         with open(self.build_dir / "build.ninja", "w") as file:
             self.write_rules(Writer(file, width=1000), archs)
@@ -121,22 +127,36 @@ class NinjaBuild(build_ext):
         from torch.utils import cpp_extension
 
         includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", f"-I{self.build_dir}"]
-        system = [*cpp_extension.include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+        system = [
+            *cpp_extension.include_paths(),
+            pybind11.get_include(),
+            sysconfig.get_path("include"),
+        ]
         torch_includes = [f"-isystem{path}" for path in system]
-        common = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized".split()
-        # No kernel reads errno or floating-point traps; without these flags comparisons stay scalar.
-        common += "-ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
+        common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # gcc warns of uninitialised variables inside its own AVX-512 intrinsics.
+        common += ["-Wno-maybe-uninitialized"]
+        # No kernel reads errno or traps; without these flags gcc leaves comparisons scalar.
+        common += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
         host = [*common, *includes, *torch_includes]
         host.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
         if self.nvcc:
             host += ["-DTSCNC_WITH_CUDA", *cuda_include_flags(self.nvcc)]
         compiler = os.environ.get("CXX", "g++")
-        ninja.rule("cxx", f"{compiler} -MD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc", description="CXX $out")
+        ninja.rule(
+            "cxx",
+            f"{compiler} -MD -MF $out.d $flags -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="CXX $out",
+        )
         objects = []
 
         def compile_file(rule: str, source: Path, label: str, flags: list[str]) -> None:
             name = f"{source.relative_to(ROOT / 'csrc').with_suffix('')}{label}.o".replace("/", "_")
-            objects.extend(ninja.build(name, rule, str(source), variables={"flags": " ".join(flags)}))
+            objects.extend(
+                ninja.build(name, rule, str(source), variables={"flags": " ".join(flags)})
+            )
 
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
             compile_file("cxx", source, "", host)
@@ -157,10 +177,13 @@ class NinjaBuild(build_ext):
         command = f"{self.nvcc} -MD -MF $out.d {flags} {' '.join(codes)} $flags -c $in -o $out"
         ninja.rule("nvcc", command, depfile="$out.d", deps="gcc", description="NVCC $out")
 
-    def write_link_rule(self, ninja, torch_paths: list[str], objects: list[str], compiler: str) -> None:
+    def write_link_rule(
+        self, ninja, torch_paths: list[str], objects: list[str], compiler: str
+    ) -> None:
         torch_libraries = [f"-L{path}" for path in torch_paths] + ["-ltorch", "-ltorch_cpu"]
         if self.nvcc:
-            # nvcc knows where its static runtime is; -cudart static keeps libcudart out of the requirements.
+            # nvcc knows where its static runtime is; -cudart static keeps libcudart out of the
+            # requirements.
             linker = f"{self.nvcc} -ccbin {compiler} -shared -cudart static -Xlinker --as-needed"
         else:
             linker = f"{compiler} -shared -Wl,--as-needed"

@@ -1,5 +1,5 @@
-// The pybind11 module `tscnc_kernels._C`: what the binary is, and which CPU kernels run. No tensors here:
-// the ops register themselves with torch when this library is loaded.
+// The pybind11 module `tscnc_kernels._C`: what the binary is, and which CPU kernels run. No tensors
+// here: the ops register themselves with torch when this library is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -100,10 +100,12 @@ PYBIND11_MODULE(_C, module) {
   const char* forced = std::getenv("TSCNC_ISA");
   tscnc::set_isa(forced ? forced : "");
   module.def("build_info", &tscnc::build_info, "What this binary was built from and for.");
-  module.def("cpu_features", &tscnc::cpu_features, "Instruction sets of this CPU that kernels use.");
+  module.def("cpu_features", &tscnc::cpu_features,
+             "Instruction sets of this CPU that kernels use.");
   module.def("set_isa", &tscnc::set_isa, pybind11::arg("name"),
              "Run the CPU kernels of this instruction set; an empty name means the best one.");
-  module.def("active_isa",
-             [] { return std::string(tscnc::kIsaNames[static_cast<int>(tscnc::active_isa())]); },
-             "The instruction set whose CPU kernels run.");
+  module.def(
+      "active_isa",
+      [] { return std::string(tscnc::kIsaNames[static_cast<int>(tscnc::active_isa())]); },
+      "The instruction set whose CPU kernels run.");
 }

@@ -1,4 +1,5 @@
-// transformed_l1 over a list of tensors; Python side and formula: tscnc_kernels/ops/transformed_l1.py.
+// transformed_l1 over a list of tensors; Python side and formula:
+// tscnc_kernels/ops/transformed_l1.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -37,7 +38,8 @@ ScalarType value_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Elements per unit of parallel work. The partial sums are added in order, so the thread count does not matter.
+// Elements per unit of parallel work. The partial sums are added in order, so the thread count does
+// not matter.
 constexpr int64_t kChunk = 1 << 15;
 
 struct Chunk {
@@ -56,7 +58,8 @@ std::vector<Chunk> chunks_of(const Tensors& tensors) {
 }
 
 // The sum over all tensors if `want_value`, and scale * gradient where `gradients` is not empty.
-double run_cpu(const Tensors& tensors, Tensors& gradients, double a, double scale, bool want_value) {
+double run_cpu(const Tensors& tensors, Tensors& gradients, double a, double scale,
+               bool want_value) {
   const std::vector<Chunk> chunks = chunks_of(tensors);
   std::vector<double> partial(chunks.size(), 0.0);
   dispatch_floating(kOp, tensors[0].scalar_type(), [&](auto tag) {
@@ -65,7 +68,8 @@ double run_cpu(const Tensors& tensors, Tensors& gradients, double a, double scal
     torch::stable::parallel_for(0, chunks.size(), 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const Chunk& chunk = chunks[i];
-        const T* input = static_cast<const T*>(tensors[chunk.tensor].const_data_ptr()) + chunk.begin;
+        const T* input =
+            static_cast<const T*>(tensors[chunk.tensor].const_data_ptr()) + chunk.begin;
         T* gradient = nullptr;
         if (!gradients.empty()) {
           gradient = static_cast<T*>(gradients[chunk.tensor].mutable_data_ptr()) + chunk.begin;
@@ -90,8 +94,7 @@ double item(const Tensor& scalar) {
 }
 
 void check_grad_output(const Tensor& grad_output, const Tensors& tensors) {
-  STD_TORCH_CHECK(grad_output.numel() == 1 &&
-                      grad_output.scalar_type() == value_type(tensors[0]) &&
+  STD_TORCH_CHECK(grad_output.numel() == 1 && grad_output.scalar_type() == value_type(tensors[0]) &&
                       grad_output.device() == tensors[0].device(),
                   kOp, ": expected grad_output to be a scalar of the value's dtype and device");
 }
@@ -134,7 +137,8 @@ void run_cuda(const Tensors& tensors, Tensors& gradients, double a, Tensor* valu
   Tensor workspace;
   if (value != nullptr) {
     const int64_t length = cuda::transformed_l1_workspace_length(numels.data(), count, dtype);
-    workspace = torch::stable::empty({length}, ScalarType::Double, std::nullopt, tensors[0].device());
+    workspace =
+        torch::stable::empty({length}, ScalarType::Double, std::nullopt, tensors[0].device());
   }
   const cudaError_t error = cuda::launch_transformed_l1(
       inputs.data(), outputs.empty() ? nullptr : outputs.data(), numels.data(), count, dtype, a,

@@ -1,4 +1,6 @@
-"""Sparse-masked matmul, extreme singular values and penalties for highly pruned networks, as torch ops."""
+"""Sparse-masked matmul, extreme singular values and penalties for highly pruned networks, as torch
+ops.
+"""
 
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: native (compiled), triton, or reference (plain torch).
 
-An explicit choice — the `backend=` argument, `use_backend()`, or the environment variable TSCNC_BACKEND —
-runs exactly that or raises with the reason. Without one, the first backend of the op's `BACKENDS` that can
-run on the tensors' device is taken.
+An explicit choice — the `backend=` argument, `use_backend()`, or the environment variable
+TSCNC_BACKEND — runs exactly that or raises with the reason. Without one, the first backend of the
+op's `BACKENDS` that can run on the tensors' device is taken.
 """
 
 import functools
@@ -83,14 +83,15 @@ def select(op: str, device: torch.device, backend: str | None = None) -> str:
     return wanted
 
 
-class use_backend:  # noqa: N801 (reads as a function; returned object also works in `with`)
+class use_backend:
     """Run every op on one backend from now on, or inside a `with` block.
 
     Args:
         name: "native", "triton" or "reference"; None returns to the automatic choice.
 
     Raises:
-        RuntimeError: unknown name. Ops raise it when the backend cannot run on their tensors' device.
+        RuntimeError: unknown name. Ops raise it when the backend cannot run on their tensors'
+            device.
     """
 
     def __init__(self, name: str | None) -> None:

@@ -21,7 +21,9 @@ def _source_digest() -> str:
 
 def _advice() -> str:
     if SOURCES.is_dir():
-        return f"Run: cd {PACKAGE.parent} && python setup.py build_ext --inplace   (or: make install)"
+        return (
+            f"Run: cd {PACKAGE.parent} && python setup.py build_ext --inplace   (or: make install)"
+        )
     return "Run: pip install --force-reinstall --no-deps tscnc-kernels"
 
 
@@ -29,8 +31,8 @@ def load() -> Any:
     """Import `tscnc_kernels._C` and check that it is the build of the sources beside it.
 
     Raises:
-        ImportError: the library is missing, does not load, or is older than `csrc/`; the message holds the
-            command that fixes it.
+        ImportError: the library is missing, does not load, or is older than `csrc/`; the message
+            holds the command that fixes it.
     """
     try:
         from tscnc_kernels import _C
@@ -56,8 +58,9 @@ def build_info() -> dict[str, Any]:
     """What the compiled library was built for, and what this machine offers it.
 
     Returns:
-        A dict with `version`, `source_digest`, `cpu_isas` (instruction sets compiled), `cuda_archs` (None in a
-        CPU-only build), `compiler`, `torch_stable_abi`, and as found now: `cpu_features`, `active_isa`, `torch`.
+        A dict with `version`, `source_digest`, `cpu_isas` (instruction sets compiled), `cuda_archs`
+        (None in a CPU-only build), `compiler`, `torch_stable_abi`, and as found now:
+        `cpu_features`, `active_isa`, `torch`.
     """
     found = {
         "cpu_features": C.cpu_features(),

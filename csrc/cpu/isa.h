@@ -12,7 +12,7 @@
   namespace avx512 {       \
   __VA_ARGS__              \
   }
-#define TSCNC_SELECT(...)                                                                 \
+#define TSCNC_SELECT(...)                                                           \
   ::tscnc::select_isa(&::tscnc::portable::__VA_ARGS__, &::tscnc::avx2::__VA_ARGS__, \
                       &::tscnc::avx512::__VA_ARGS__)
 #else

@@ -7,7 +7,7 @@ namespace tscnc::TSCNC_ISA {
 namespace {
 
 // Elements summed in the arithmetic type before they join the double sum.
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = 512;
 
 template <bool kValue, bool kGradient, class T>
 double run(const T* input, T* gradient, int64_t count, double a_, double scale_) {

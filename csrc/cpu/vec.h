@@ -1,5 +1,6 @@
-// Vectors as wide as the instruction set this file is compiled for, over the compiler's vector extension:
-// arithmetic, comparison and ?: work on Vec<T> directly. Half types are loaded as and stored from float vectors.
+// Vectors as wide as the instruction set this file is compiled for, over the compiler's vector
+// extension: arithmetic, comparison and ?: work on Vec<T> directly. Half types are loaded as and
+// stored from float vectors.
 #pragma once
 
 #include <cstdint>
@@ -101,7 +102,8 @@ inline void store(fp16* target, Vec<float> value) {
                    _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// Exponent and mantissa shifted into place and rebiased by a multiplication, which also handles subnormals.
+// Exponent and mantissa shifted into place and rebiased by a multiplication, which also handles
+// subnormals.
 inline Vec<float> load(const fp16* source) {
   U16Half narrow;
   std::memcpy(&narrow, source, sizeof(narrow));

@@ -1,4 +1,5 @@
-// What memory safety needs from a tensor, with errors that name the op. Python has checked the rest.
+// What memory safety needs from a tensor, with errors that name the op. Python has checked the
+// rest.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -15,7 +15,8 @@ struct TypeTag {
 
 // Calls function(TypeTag<T>{}) with T = float, double, bf16 or fp16.
 template <class Function>
-auto dispatch_floating(const char* op, torch::headeronly::ScalarType dtype, const Function& function) {
+auto dispatch_floating(const char* op, torch::headeronly::ScalarType dtype,
+                       const Function& function) {
   using torch::headeronly::ScalarType;
   switch (dtype) {
     case ScalarType::Float:

@@ -8,7 +8,8 @@
 
 namespace tscnc {
 
-// V is float, double or a CPU vector of them, S its element type: only operators that all of them have.
+// V is float, double or a CPU vector of them, S its element type: only operators that all of them
+// have.
 
 // 1/(a + |t|) comes first: large arguments cannot overflow, and a loop that wants the value and the
 // gradient divides once.

@@ -7,8 +7,9 @@ Formula, with t running over every element of every tensor and a > 0:
 
 a → 0 gives the number of non-zeros, a → ∞ the l1 norm.
 
-Source: Ma, Miao, Niu, Zhang, arXiv 1901.01021; the penalty inside TSC of arXiv 2503.20454. The code published
-with the latter passes a negative argument, which has a pole at |t| = a; this is the function of |t|.
+Source: Ma, Miao, Niu, Zhang, arXiv 1901.01021; the penalty inside TSC of arXiv 2503.20454. The code
+published with the latter passes a negative argument, which has a pole at |t| = a; this is the
+function of |t|.
 
 The backward pass recomputes from the tensors, which reads less memory than a saved gradient would.
 """
@@ -33,7 +34,9 @@ def _check(tensors: Sequence[Tensor], a: float) -> None:
         raise ValueError("expected at least one tensor, got an empty list")
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected tensors[{index}] to be a tensor, got {type(tensor).__name__}")
+            raise TypeError(
+                f"expected tensors[{index}] to be a tensor, got {type(tensor).__name__}"
+            )
         if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise TypeError(
                 f"expected tensors[{index}] of dtype float32, float64, bfloat16 or float16, "
@@ -148,14 +151,14 @@ def transformed_l1(
     """Sum of the transformed l1 penalty ρ_a(|t|) = (a + 1)|t| / (a + |t|) over a list of tensors.
 
     Args:
-        tensors: list of tensors of any shapes, all of one floating dtype (float32, float64, bfloat16, float16)
-            and on one device. Non-contiguous tensors are copied.
+        tensors: list of tensors of any shapes, all of one floating dtype (float32, float64,
+            bfloat16, float16) and on one device. Non-contiguous tensors are copied.
         a: shape parameter, finite and > 0.
         backend: "native", "triton" or "reference"; None chooses.
 
     Returns:
-        0-d tensor, float32 (float64 for float64 tensors); half types are computed in float32. NaN or infinite
-        elements give NaN.
+        0-d tensor, float32 (float64 for float64 tensors); half types are computed in float32. NaN
+        or infinite elements give NaN.
 
     Raises:
         ValueError: empty list, tensors on several devices, a ≤ 0 or not finite.

@@ -1,0 +1,40 @@
+"""Poisoned allocations, fixed seeds, and CPU kernels of every instruction set."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import tscnc_kernels
+from tscnc_kernels._build import C
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations() -> Iterator[None]:
+    """Torch fills what torch.empty returns, in C++ too, with NaN: unwritten outputs fail."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(20250326)
+
+
+def runnable_isas() -> list[str]:
+    """Instruction sets that are compiled in and that this CPU runs."""
+    compiled = tscnc_kernels.build_info()["cpu_isas"]
+    best = C.active_isa()
+    return compiled[: compiled.index(best) + 1]
+
+
+@pytest.fixture(params=runnable_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once per instruction set."""
+    previous = C.active_isa()
+    C.set_isa(request.param)
+    yield request.param
+    C.set_isa(previous)
