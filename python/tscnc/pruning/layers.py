@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 
+def is_prunable(module: nn.Module) -> bool:
+    """Whether the module itself, not only one inside it, is a prunable layer."""
+    return isinstance(module, (nn.Linear, nn.Conv2d)) or _is_masked(module)
+
+
 def prunable(model: nn.Module) -> dict[str, Tensor]:
     """The dense weight of every prunable layer, by parameter name, in the model's order.
 
@@ -29,7 +34,7 @@ def prunable(model: nn.Module) -> dict[str, Tensor]:
     weights = {
         _parameter_name(name): _dense_weight(module)
         for name, module in model.named_modules()
-        if _is_prunable(module)
+        if is_prunable(module)
     }
     if not weights:
         raise ValueError(f"{type(model).__name__} has no Linear or Conv2d layer to prune")
@@ -94,10 +99,6 @@ def _parameter_name(module_name: str) -> str:
 
 def _is_masked(module: nn.Module) -> bool:
     return hasattr(module, "pattern") and (hasattr(module, "weight") or hasattr(module, "values"))
-
-
-def _is_prunable(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d)) or _is_masked(module)
 
 
 def _dense_weight(module: Any) -> Tensor:
