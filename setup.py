@@ -4,7 +4,7 @@ CPU kernels (`csrc/cpu/*.cpp`) are compiled once per instruction set and chosen 
 kernels (`csrc/cuda/*.cu`) are compiled whenever nvcc is found and linked into the same library,
 which also loads on a machine without a GPU. Environment variables:
 
-TSCNC_WITH_CUDA=0|1     leave CUDA out, or fail when nvcc is missing (default: use nvcc if it is there)
+TSCNC_WITH_CUDA=0|1     leave CUDA out, or fail when nvcc is missing (default: use nvcc if found)
 TORCH_CUDA_ARCH_LIST    CUDA architectures, e.g. "8.0;9.0+PTX" (the default)
 MAX_JOBS                parallel compile jobs
 """

@@ -1,7 +1,7 @@
 """The contract every op meets. A test file declares an `OpSpec` and inherits `OpSuite`:
 
     class TestMyOp(OpSuite):
-        spec = OpSpec(name="my_op", public=my_op, reference=reference, samples={...}, raw_calls={...})
+        spec = OpSpec(name="my_op", public=my_op, reference=reference, samples={...}, raw_calls=...)
 
 Every floating tensor in a sample's arguments (lists included) is an input to differentiate.
 """
@@ -38,13 +38,16 @@ BACKENDS = ["native", "triton", "reference"]
 class OpSpec:
     """What the suite needs to know of an op.
 
-    name: the op's name; public: the public function, which takes `backend=`; reference: plain torch
-    with the same arguments less `backend`. samples: name -> function of make(*shape) -> (args,
-    kwargs), where make draws normal numbers in the tested dtype. Names starting with "empty" are
-    not used for derivative checks.
-    raw_calls: torch op -> arguments for opcheck. dtypes: tested dtypes. tolerances: overrides, each
-    with the reason in a comment. vmap: False where an op's arguments cannot be batched. smooth:
-    False skips second derivatives.
+    name: the op's name.
+    public: the public function, which takes `backend=`.
+    reference: plain torch, with the arguments of `public` less `backend`.
+    samples: name -> function of make(*shape) -> (args, kwargs); make draws normal numbers in the
+        tested dtype. Names starting with "empty" are left out of derivative checks.
+    raw_calls: torch ops with arguments, for opcheck.
+    dtypes: the dtypes that the op takes.
+    tolerances: exceptions to TOLERANCES, each with the reason in a comment.
+    vmap: False where the arguments cannot be batched.
+    smooth: False where there is no second derivative.
     """
 
     name: str
@@ -78,8 +81,8 @@ def _outputs(result: Any) -> list[Tensor]:
 
 
 def _scalar(result: Any) -> Tensor:
-    """A fixed, generic linear functional of all outputs, so that its gradient tests every one of
-    them.""" total = torch.zeros((), dtype=torch.float64)
+    """A fixed, generic linear functional of all outputs: its gradient tests every one."""
+    total = torch.zeros((), dtype=torch.float64)
     for index, output in enumerate(_outputs(result)):
         weights = torch.linspace(
             0.5, 1.5, output.numel(), dtype=torch.float64, device=output.device

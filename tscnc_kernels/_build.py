@@ -35,11 +35,11 @@ def load() -> Any:
             holds the command that fixes it.
     """
     try:
-        from tscnc_kernels import _C
+        from tscnc_kernels import _C  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(
-            f"the compiled library tscnc_kernels._C could not be loaded with torch {torch.__version__}: "
-            f"{error}. {_advice()}"
+            f"the compiled library tscnc_kernels._C could not be loaded with torch "
+            f"{torch.__version__}: {error}. {_advice()}"
         ) from error
     if SOURCES.is_dir():
         built, found = _C.build_info()["source_digest"], _source_digest()

@@ -173,7 +173,7 @@ def transformed_l1(
     chosen = _backend.select("transformed_l1", tensors[0].device, backend)
     dense = [tensor.contiguous() for tensor in tensors]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in dense):
-        return TransformedL1Function.apply(a, chosen, *dense)  # type: ignore[no-any-return]
+        return TransformedL1Function.apply(a, chosen, *dense)  # type: ignore[no-untyped-call]
     return _value(dense, a, chosen)
 
 
@@ -198,7 +198,7 @@ def transformed_l1_value_and_grad(
     with torch.no_grad():
         dense = [tensor.detach().contiguous() for tensor in tensors]
         if chosen == "native":
-            return _native.transformed_l1_value_and_grad(dense, a)  # type: ignore[no-any-return]
+            return _native.transformed_l1_value_and_grad(dense, a)
         if chosen == "triton":
             from tscnc_kernels.triton import transformed_l1 as triton
 
