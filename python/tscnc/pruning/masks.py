@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from tscnc.pruning import quotas
 
 Quota = Literal["igq", "erk", "uniform", "uniform_plus", "global"]
 
-_QUOTAS: dict[str, Callable[[quotas.Shapes, float], list[float]]] = {
+_QUOTAS: dict[str, quotas.Quota] = {
     "igq": quotas.igq,
     "erk": quotas.erk,
     "uniform": quotas.uniform,
@@ -25,7 +25,7 @@ def masks_from_scores(
 ) -> dict[str, Tensor]:
     """Masks that keep the weights of highest score.
 
-    Of P weights exactly ceil((1 - sparsity) P) are kept, never fewer than asked for. ``"global"``
+    Of P weights exactly ceil((1 - sparsity) P) are kept, never fewer, at least one. ``"global"``
     ranks all weights together; the other quotas give each layer its share, rounded down or up so
     that the total is exact (largest remainders first). Of equal scores the earlier weight is kept.
 
@@ -45,8 +45,8 @@ def masks_from_scores(
     """
     _check(scores, sparsity, quota)
     total = sum(score.numel() for score in scores.values())
-    # Rounding to 6 digits first: (1 - 0.99) * 100 is 1.0000000000000009, which must not become 2.
-    kept = math.ceil(round((1 - sparsity) * total, 6))
+    # With a little slack: (1 - 0.99) * 100 is 1.0000000000000009, which must not become 2.
+    kept = max(1, math.ceil((1 - sparsity) * total - 1e-6))
     if quota == "global":
         return _keep_globally(scores, kept)
     densities = _QUOTAS[quota]([tuple(score.shape) for score in scores.values()], sparsity)

@@ -10,9 +10,10 @@ Effective Sparsity" (arXiv 2107.02306) for uniform_plus and IGQ; Evci et al., "R
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Shapes = Sequence[Sequence[int]]
+Quota = Callable[[Shapes, float], list[float]]
 
 _MAX_LAST_LAYER_SPARSITY = 0.8
 
