@@ -3,6 +3,7 @@
 import json
 import pkgutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(
 ) -> None:
     monkeypatch.setitem(tasks.TASKS, "trades", lambda *_: pytest.fail("training started"))
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunFolderError, match="cannot write the run folder .*file"):
+    with pytest.raises(RunFolderError, match=r"cannot write the run folder .*file"):
         train.train(TINY, tmp_path / "file" / "run")
 
 
@@ -242,7 +243,7 @@ def test_learning_rate_rises_and_falls() -> None:
     rates = [learning_rate(2.0, step, 100, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == pytest.approx(2.0, rel=1e-3) and rates.index(max(rates)) in (9, 10)
-    assert all(a > b > 0 for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(rates[10:]))
     assert learning_rate(1.0, 0, 1, 0.0) == 1.0
 
 
