@@ -81,7 +81,7 @@ class TrainConfig:
         group="training",
         choices=("trades", "pgd", "plain"),
     )
-    epochs: int = _option(20, "epochs before pruning", group="training", check=_NOT_NEGATIVE)
+    epochs: int = _option(10, "epochs before pruning", group="training", check=_NOT_NEGATIVE)
     finetune_epochs: int | None = _option(
         None,
         "epochs after pruning; none = as many as before",
@@ -90,11 +90,13 @@ class TrainConfig:
     )
     batch_size: int = _option(128, "images per step", group="training", check=_POSITIVE)
     optimizer: str = _option(
-        "sgd", "SGD with Nesterov momentum, or Adam", group="training", choices=("sgd", "adam")
+        "adam", "SGD with Nesterov momentum, or Adam", group="training", choices=("sgd", "adam")
     )
-    lr: float = _option(0.1, "peak learning rate before pruning", group="training", check=_POSITIVE)
+    lr: float = _option(
+        2e-3, "peak learning rate before pruning", group="training", check=_POSITIVE
+    )
     finetune_lr: float | None = _option(
-        None, "peak learning rate after pruning; none = lr", group="training", check=_POSITIVE
+        1e-2, "peak learning rate after pruning; none = lr", group="training", check=_POSITIVE
     )
     momentum: float = _option(
         0.9, "momentum of SGD, first decay rate of Adam", group="training", check=_FRACTION
@@ -153,7 +155,7 @@ class TrainConfig:
         check=_POSITIVE,
     )
     weight_decay: float = _option(
-        5e-4, "weight of half the sum of squared weights", group="penalties", check=_NOT_NEGATIVE
+        0.0, "weight of half the sum of squared weights", group="penalties", check=_NOT_NEGATIVE
     )
 
     sparsity: float = _option(

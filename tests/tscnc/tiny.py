@@ -14,6 +14,7 @@ TINY = TrainConfig(
     attack_steps=2,
     eval_steps=2,
     cnc_every=2,
+    weight_decay=1e-4,
     sparsity=0.8,
     threads=1,
 )
