@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -184,6 +185,9 @@ import tscnc.cli
 
 def test_training_layer_imports_with_torch_and_numpy_alone():
     result = subprocess.run(
-        [sys.executable, "-c", TRAINING_LAYER_ALONE], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", TRAINING_LAYER_ALONE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"},
     )
     assert result.returncode == 0, result.stderr

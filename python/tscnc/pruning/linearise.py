@@ -75,7 +75,8 @@ def linear_responses(
             leaf.copy_(weights[name]).requires_grad_(True)
     # Whatever depends on the input requires a gradient: that is how constants are told apart.
     ones = torch.ones_like(example_input[:1], dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
+    # A model may add in place to what another layer has seen, which autograd alone would refuse.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_copied, _as_it_is):
         with _Linearised(support_only):
             outputs = linear(ones)
         sums = [output.sum() for output in _tensors(outputs) if output.requires_grad]
@@ -139,7 +140,7 @@ def _linearised(
     if not operands or name in _UNCHANGED:
         return func(*args, **kwargs)
     if name in _IDENTITY:
-        return args[0]
+        return args[0].clone()  # not the tensor itself: the model may change the result in place
     if name in _AFFINE:
         # The third argument is the bias in all of them.
         without_bias = {key: value for key, value in kwargs.items() if key != "bias"}
@@ -193,6 +194,14 @@ def _adaptive_average_pool(
         input, output_size
     )
     return output
+
+
+def _copied(saved: Tensor) -> Tensor:
+    return saved.clone()
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _flat(value: Any) -> tuple[Any, ...]:
