@@ -13,9 +13,10 @@ def raw_calls():
     ops = torch.ops.tscnc_kernels
     weights = [torch.randn(5, 3), torch.randn(2, 4)]
     _, factors = ops.logdet_gram(weights, 1e-3)
+    grad_output = torch.tensor([1.0, -2.0], dtype=torch.float64)
     return [
         (ops.logdet_gram.default, (weights, 1e-3)),
-        (ops.logdet_gram_backward.default, (torch.tensor([1.0, -2.0]), weights, factors, 1e-3)),
+        (ops.logdet_gram_backward.default, (grad_output, weights, factors, 1e-3)),
     ]
 
 

@@ -203,7 +203,7 @@ def _gates(
     backend: str,
 ) -> Tensor:
     if backend == "native":
-        return _native.hard_concrete(log_alpha, uniform, beta, gamma, zeta)  # type: ignore[no-any-return]
+        return _native.hard_concrete(log_alpha, uniform, beta, gamma, zeta)
     return reference(log_alpha, uniform, beta=beta, gamma=gamma, zeta=zeta)
 
 
@@ -248,7 +248,7 @@ def hard_concrete(
     log_alpha = log_alpha.contiguous()
     noise = None if uniform is None else uniform.detach().contiguous()
     if torch.is_grad_enabled() and log_alpha.requires_grad:
-        return HardConcreteFunction.apply(log_alpha, noise, beta, gamma, zeta, chosen)  # type: ignore[no-any-return]
+        return HardConcreteFunction.apply(log_alpha, noise, beta, gamma, zeta, chosen)
     return _gates(log_alpha, noise, beta, gamma, zeta, chosen)
 
 

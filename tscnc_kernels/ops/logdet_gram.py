@@ -81,6 +81,10 @@ def reference(weights: Tensor | Sequence[Tensor], ridge: float = 1e-6) -> Tensor
     """Plain torch, differentiable to any order where G is definite."""
     if isinstance(weights, Tensor):
         return reference([weights], ridge)[0]
+    return _reference_values(weights, ridge).to(_value_dtype(weights))
+
+
+def _reference_values(weights: Sequence[Tensor], ridge: float) -> Tensor:
     values = []
     for weight in weights:
         tall, factor, definite = _factor(weight, ridge)
@@ -88,13 +92,13 @@ def reference(weights: Tensor | Sequence[Tensor], ridge: float = 1e-6) -> Tensor
         value = 2 * (factor.diagonal() / n**0.5).log().sum()
         singular = torch.where(tall.isfinite().all(), -torch.inf, torch.nan)
         values.append(torch.where(definite, value, singular))
-    return torch.stack(values).to(_value_dtype(weights))
+    return torch.stack(values)
 
 
 def reference_backward(
     grad_output: Tensor, weights: Sequence[Tensor], ridge: float
 ) -> list[Tensor]:
-    """Gradient of `reference` of a list, itself differentiable."""
+    """Gradient of `reference` of a list for a float64 grad_output, itself differentiable."""
     gradients = []
     for grad, weight in zip(grad_output.unbind(), weights, strict=True):
         tall, factor, definite = _factor(weight, ridge)
@@ -114,8 +118,8 @@ def _factor_sizes(weights: Sequence[Tensor]) -> list[int]:
 
 @torch.library.register_fake("tscnc_kernels::logdet_gram")
 def _(weights: list[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
-    values = weights[0].new_empty(len(weights))
-    return values, weights[0].new_empty(sum(_factor_sizes(weights)), dtype=torch.float64)
+    values = weights[0].new_empty(len(weights), dtype=torch.float64)
+    return values, values.new_empty(sum(_factor_sizes(weights)))
 
 
 @torch.library.register_fake("tscnc_kernels::logdet_gram_backward")
@@ -129,10 +133,10 @@ for _name in ("logdet_gram", "logdet_gram_backward"):
 
 
 def _values(weights: list[Tensor], ridge: float, backend: str) -> tuple[Tensor, Tensor]:
-    """The values, and the Cholesky factors that the native backward takes."""
+    """The values in float64, and the Cholesky factors that the native backward takes."""
     if backend == "native":
-        return _native.logdet_gram(weights, ridge)  # type: ignore[no-any-return]
-    return reference(weights, ridge), weights[0].new_empty(0)
+        return _native.logdet_gram(weights, ridge)
+    return _reference_values(weights, ridge), weights[0].new_empty(0)
 
 
 class LogdetGramFunction(torch.autograd.Function):
@@ -162,9 +166,8 @@ class LogdetGramFunction(torch.autograd.Function):
             if len(wanted) < len(weights):
                 pieces = factors.split(_factor_sizes(weights))
                 factors = torch.cat([pieces[i] for i in wanted])
-            found = _native.logdet_gram_backward(
-                grad_output.contiguous(), tensors, factors, ctx.ridge
-            )
+            grad_output = grad_output.contiguous()
+            found = _native.logdet_gram_backward(grad_output, tensors, factors, ctx.ridge)
         gradients: list[Tensor | None] = [None] * len(weights)
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient
@@ -204,11 +207,18 @@ def logdet_gram(
     if isinstance(weights, Tensor):
         _check([weights], ridge)
         return logdet_gram([weights], ridge, backend=backend)[0]
+    return logdet_gram_float64(weights, ridge, backend=backend).to(_value_dtype(weights))
+
+
+def logdet_gram_float64(
+    weights: Sequence[Tensor], ridge: float, *, backend: str | None = None
+) -> Tensor:
+    """`logdet_gram` of a list before its (L,) values are rounded, for penalties that subtract from them."""
     _check(weights, ridge)
     chosen = _backend.select("logdet_gram", weights[0].device, backend)
     dtype = _value_dtype(weights)
     matrices = [weight.flatten(1).to(dtype).contiguous() for weight in weights]
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in matrices):
         values, _ = LogdetGramFunction.apply(ridge, chosen, *matrices)
-        return values  # type: ignore[no-any-return]
+        return values
     return _values(matrices, ridge, chosen)[0]
