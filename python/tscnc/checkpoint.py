@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tscnc.files import write_bytes
 from tscnc.layers import dense_weight, pattern_of, prunable_layers, stored_weight
 from tscnc.optional import require
+from tscnc_kernels.nn.masked_linear import MASK_KEY
 
 FORMAT = 1
 _SHOWN = 3
@@ -155,19 +156,15 @@ def load_checkpoint(path: Path, model: nn.Module) -> Checkpoint:
 
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns a model's parameters and persistent buffers, masked weights as dense matrices."""
-    layers = prunable_layers(model)
-    masked = {name: layer for name, layer in layers.items() if pattern_of(layer) is not None}
-    # A masked layer's own entries are its stored weight and packed mask; its bias is kept under its
-    # usual name.
-    owned = {f"{name.removesuffix('weight')}" for name in masked}
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        prefix, leaf = name[: len(name) - len(name.rpartition(".")[2])], name.rpartition(".")[2]
-        if prefix not in owned or leaf == "bias":
-            tensors[name] = tensor.detach().cpu().contiguous()
-    for name, layer in masked.items():
-        tensors[name] = dense_weight(layer).detach().cpu().contiguous()
-    return tensors
+    masked = {
+        name: layer
+        for name, layer in prunable_layers(model).items()
+        if pattern_of(layer) is not None
+    }
+    packed = {name.removesuffix("weight") + MASK_KEY for name in masked}
+    dense = {name: dense_weight(layer) for name, layer in masked.items()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in packed}
+    return {name: t.detach().cpu().contiguous() for name, t in {**state, **dense}.items()}
 
 
 def pack_mask(mask: Tensor) -> bytes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from tscnc_kernels.nn import MaskedLinear
 
 from tscnc_kernels import SparsityPattern
+from tscnc_kernels.nn import MaskedLinear
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -24,14 +24,9 @@ def pattern_of(layer: nn.Module) -> SparsityPattern | None:
 
 def stored_weight(layer: nn.Module) -> nn.Parameter:
     """Returns the parameter that holds a layer's weight: the matrix, or its (nnz,) kept values."""
-    if isinstance(layer, MaskedLinear) and layer.mode == "values":
-        return layer.values
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+    return layer.get_parameter("weight")
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """Returns a layer's weight as a matrix that gradients flow through."""
-    pattern, stored = pattern_of(layer), stored_weight(layer)
-    return stored if pattern is None or stored.ndim > 1 else pattern.scatter(stored)
+    return layer.dense_weight if isinstance(layer, MaskedLinear) else stored_weight(layer)

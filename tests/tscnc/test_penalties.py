@@ -51,7 +51,7 @@ def test_cnc_sends_finite_gradients_to_the_kept_values(form: str) -> None:
     model = two_layers(pruned=True)
     config = TrainConfig(**{**ONLY, "cnc": 1.0, "cnc_every": 1, "cnc_form": form})
     sum(penalty_terms(model, config, step=0).values()).backward()
-    gradients = [parameter.grad for parameter in (model[0].values, model[1].weight)]
+    gradients = [parameter.grad for parameter in (model[0].weight, model[1].weight)]
     assert gradients[0].shape == (2,)
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
 
