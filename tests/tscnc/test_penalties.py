@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from tscnc_kernels.nn import sparsify
 
 from tscnc.config import TrainConfig
 from tscnc.layers import dense_weight, prunable_layers
 from tscnc.penalties import penalty_terms
+from tscnc_kernels.nn import sparsify
 
 WEIGHT = torch.tensor([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 MASK = WEIGHT != 0
