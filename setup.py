@@ -32,7 +32,7 @@ if platform.machine() in {"x86_64", "AMD64"}:
     avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     # AVX-512's vector length from AVX2 instructions: only in development builds, for the tests.
-    ISA_FLAGS[WIDE] = [*avx2, "-DTSCNC_WIDE_VECTORS"]
+    ISA_FLAGS[WIDE] = [*avx2, "-DTSCNC_WIDE_VECTORS", "-Wno-psabi"]
     ISA_FLAGS["avx2"] = avx2
     ISA_FLAGS["avx512"] = [*avx2, *avx512]
 
