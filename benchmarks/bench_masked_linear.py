@@ -1,4 +1,4 @@
-"""Benchmark of `masked_linear` beside dense layers and torch's sparse product; uniform random masks.
+"""Benchmark of `masked_linear` beside dense layers and torch's sparse product, random masks.
 
 Work is counted on the kept entries alone, for every provider: 2·B·nnz flops forward, three times
 that with the gradients of the input and of the weight. So a dense provider's rate falls with the
