@@ -19,6 +19,7 @@ separate passes for dX and dW. Deviations: none in the formula; reductions are o
 results do not depend on threads.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -170,18 +171,8 @@ def reference_backward(
 ) -> Gradients:
     """Gradients of `reference` for a 2-d input, themselves differentiable.
 
-    Args:
-        grad_output: (B, N).
-        saved: (B, N), Z; needed only with an activation.
-        input: (B, K).
-        weight: (N, K) or (nnz,).
-        pattern: the mask.
-        activation: as for `reference`.
-        dense_grad: as for `reference`.
-        needs: which of the three gradients to compute.
-
-    Returns:
-        Gradients of input, weight and bias; None where not needed.
+    `saved` is Z (B, N), needed only with an activation. `needs` tells which of the gradients of
+    input, weight and bias to compute; the others are None.
     """
     gradient = _activation_gradient(grad_output, saved, activation)
     grad_input = gradient @ _masked_weight(weight, pattern, dense_grad) if needs[0] else None
@@ -195,15 +186,9 @@ def reference_backward(
 
 @torch.library.register_fake("tscnc_kernels::masked_linear")
 def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_pointers: Tensor,
-    columns: Tensor,
-    activation: int,
-    save_preactivation: bool,
+    input: Tensor, weight: Tensor, bias: Tensor | None, row_pointers: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    batch, rows = input.shape[0], row_pointers.shape[0] - 1
+    batch, rows, save_preactivation = input.shape[0], row_pointers.shape[0] - 1, rest[-1]
     saved = input.new_empty((batch if save_preactivation else 0, rows))
     return input.new_empty((batch, rows)), saved
 
@@ -316,6 +301,12 @@ class MaskedLinearFunction(torch.autograd.Function):
         return *gradients, None, *(None for _ in index)
 
 
+# torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
+MaskedLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    MaskedLinearFunction.forward
+)
+
+
 def choose_algorithm(pattern: SparsityPattern, backend: str, algorithm: str | None = None) -> str:
     """The algorithm that `masked_linear` runs: the one asked for, else by a closed-form rule.
 
@@ -389,7 +380,7 @@ def masked_linear(
     chosen = _backend.select("masked_linear", input.device, backend)
     algorithm = choose_algorithm(pattern, chosen, algorithm)
     options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithm)
-    flat = input.reshape(-1, pattern.shape[1])
+    flat = input if input.ndim == 2 else input.reshape(-1, pattern.shape[1])
     bias = None if bias is None else bias.contiguous()
     tensors = [flat, weight] if bias is None else [flat, weight, bias]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -398,4 +389,4 @@ def masked_linear(
         )
     else:
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    return output.reshape(*input.shape[:-1], pattern.shape[0])  # type: ignore[no-any-return]
+    return output if input.ndim == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
