@@ -34,7 +34,7 @@ _NUM_CLASSES = 10
 _DIGITS_PATH = Path(__file__).with_name("digits.npz")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A classification data set, wholly in memory.
 

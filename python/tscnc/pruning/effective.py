@@ -70,7 +70,8 @@ def effective_masks(
 
     Args:
         model: the model; its weights' values do not matter.
-        masks: bool masks by parameter or module name; a layer not named is dense.
+        masks: bool masks by parameter or module name; a layer not named keeps everything, or its
+            own pattern if it is a masked layer.
         example_input: (N, ...) float tensor, needed by ``"exact"``; only its shape matters.
         mode: ``"graph"`` or ``"exact"``.
 

@@ -1,8 +1,8 @@
 """The prunable layers of a model, and masks keyed by their names.
 
 Prunable are the weights of `nn.Linear`, `nn.Conv2d` and the masked layers of `tscnc_kernels.nn`
-(recognised by their ``pattern``). Their names are parameter names, ``"0.weight"``; wherever names
-are given, the module's name (``"0"``) is understood as well.
+(recognised by ``pattern`` and ``dense_weight``). Their names are parameter names, ``"0.weight"``;
+wherever names are given, the module's name (``"0"``) is understood as well.
 """
 
 import copy
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def is_prunable(module: nn.Module) -> bool:
@@ -78,15 +79,19 @@ def complete_masks(model: nn.Module, masks: Mapping[str, Tensor] | None) -> dict
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A deep copy in which masked layers are the ordinary dense layers they stand for.
+    """A deep copy whose prunable layers are ordinary dense ones, each with a weight of its own.
 
-    Whatever is computed on the copy leaves the model's gradients, buffers and mode as they are.
+    Masked layers become the Linear or Conv2d they stand for, and parametrized weights (spectral
+    norm, say) stay at their present value. Whatever is computed on the copy leaves the model's
+    gradients, buffers and mode as they are.
     """
     copied = copy.deepcopy(model)
     if _is_masked(copied):
         return _plain_layer(copied)
     plain: dict[nn.Module, nn.Module] = {}  # a layer that is used twice stays one layer
     for module in list(copied.modules()):
+        if is_prunable(module) and parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
         for name, child in module.named_children():
             if _is_masked(child):
                 setattr(module, name, plain.setdefault(child, _plain_layer(child)))
@@ -98,12 +103,11 @@ def _parameter_name(module_name: str) -> str:
 
 
 def _is_masked(module: nn.Module) -> bool:
-    return hasattr(module, "pattern") and (hasattr(module, "weight") or hasattr(module, "values"))
+    return hasattr(type(module), "pattern") and hasattr(type(module), "dense_weight")
 
 
 def _dense_weight(module: Any) -> Tensor:
-    values = getattr(module, "values", None)
-    weight: Tensor = module.weight if values is None else module.pattern.scatter(values)
+    weight: Tensor = module.dense_weight if _is_masked(module) else module.weight
     return weight
 
 
@@ -119,10 +123,11 @@ def _checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
 
 
 def _plain_layer(module: Any) -> nn.Module:
-    weight = _dense_weight(module).detach()
+    # Made on the meta device, so that no initial values are drawn from the global generator.
+    weight, has_bias = _dense_weight(module).detach(), module.bias is not None
     plain: nn.Linear | nn.Conv2d
     if weight.dim() == 2:
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], has_bias, device="meta")
     else:
         plain = nn.Conv2d(
             weight.shape[1] * module.groups,
@@ -132,9 +137,10 @@ def _plain_layer(module: Any) -> nn.Module:
             padding=module.padding,
             dilation=module.dilation,
             groups=module.groups,
-            bias=module.bias is not None,
+            bias=has_bias,
+            device="meta",
         )
     plain.weight = nn.Parameter(weight.clone())
-    if module.bias is not None:
+    if has_bias:
         plain.bias = nn.Parameter(module.bias.detach().clone())
     return plain.train(module.training)

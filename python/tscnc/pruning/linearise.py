@@ -33,7 +33,7 @@ _UNCHANGED = _words(
 )
 _AFFINE = _words("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
 _SUM_LIKE = _words("add sub rsub maximum minimum")
-_PRODUCT_LIKE = _words("mul div true_divide")
+_QUOTIENT_LIKE = _words("div true_divide")
 
 
 def linear_responses(
@@ -121,10 +121,10 @@ class _Linearised(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         # A name with one underscore at its end works in place.
-        in_place = name.endswith("_") and not name.endswith("__") and isinstance(args[0], Tensor)
+        in_place = name.endswith("_") and not name.endswith("__") and len(args) > 0
         target = args[0] if in_place else None
-        if in_place:
-            args = (args[0].clone(), *args[1:])
+        if isinstance(target, Tensor):
+            args = (target.clone(), *args[1:])
         output = _linearised(func, name.strip("_"), args, kwargs or {})
         if not isinstance(output, Tensor) or not output.requires_grad:
             return output
@@ -147,10 +147,12 @@ def _linearised(
         return func(*args[:2], *[None for _ in args[2:3]], *args[3:], **without_bias)
     if name in _SUM_LIKE:
         # Constants that are added are biases; subtraction adds, since only connections count.
-        return sum(operands[1:], operands[0])
-    if name in _PRODUCT_LIKE:
-        # Constant factors do not matter, neither does what an activation is divided by.
-        return math.prod(operands[1:], start=operands[0]) if name == "mul" else operands[0]
+        return sum(_with_constants_as(0, args, kwargs))
+    if name == "mul":
+        return math.prod(_with_constants_as(1, args, kwargs))
+    if name in _QUOTIENT_LIKE and args[0].requires_grad:
+        # What an activation is divided by only scales it.
+        return math.prod([args[0], *map(torch.ones_like, _tensors(args[1:]))])
     if name.startswith("max_pool"):
         return _average_pool(name, *args, **kwargs)
     if name.startswith("adaptive_max_pool"):
@@ -162,6 +164,14 @@ def _linearised(
             "a Sequential model can use mode='graph'"
         )
     return output
+
+
+def _with_constants_as(value: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments; those that do not depend on the input are filled."""
+    return [
+        tensor if tensor.requires_grad else torch.full_like(tensor, value)
+        for tensor in _tensors((args, kwargs))
+    ]
 
 
 def _average_pool(

@@ -169,10 +169,54 @@ def test_a_residual_connection_by_hand(style: str) -> None:
     assert got["stem.weight"][0, 0]
 
 
+class ResidualCNN(nn.Module):
+    """A small ResNet: a block with an identity skip and one with a strided projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 3, 3, padding=1, bias=False)
+        self.conv1, self.norm1 = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.conv2, self.norm2 = nn.Conv2d(3, 4, 3, 2, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.project = nn.Conv2d(3, 4, 1, stride=2, bias=False)
+        self.relu, self.pool = nn.ReLU(inplace=True), nn.AvgPool2d(2)
+        self.head = nn.Linear(4, 2, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.relu(self.stem(input))
+        y = self.norm1(self.conv1(x))
+        y += x
+        x = self.relu(y)
+        y = self.norm2(self.conv2(x))
+        y += self.project(x)
+        output: Tensor = self.head(self.pool(self.relu(y)).flatten(1))
+        return output
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_weight_is_active_if_and_only_if_the_output_depends_on_it(seed: int) -> None:
+    model, image = ResidualCNN().double().eval(), torch.ones(1, 1, 4, 4, dtype=torch.float64)
+    masks = random_masks(model, 0.25, seed)
+    exact = effective_masks(model, masks, image, "exact")
+    # With positive weights and zero biases nothing cancels and every ReLU is open.
+    weights = prunable(model)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(masks[name] * (0.5 + torch.rand_like(weight)))
+        reference = model(image).sum()
+        for name, weight in weights.items():
+            for place in masks[name].nonzero().tolist():
+                weight[tuple(place)] += 1
+                depends = bool(model(image).sum() - reference > 1e-9)
+                weight[tuple(place)] -= 1
+                assert depends == bool(exact[name][tuple(place)]), (name, place)
+    active = sum(int(mask.sum()) for mask in exact.values())
+    assert 0 < active < sum(int(mask.sum()) for mask in masks.values())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_both_modes_agree_on_random_mlps(seed: int) -> None:
     model = nn.Sequential(
-        nn.Flatten(), *[nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Tanh()] * 1, nn.Linear(12, 9),
+        nn.Flatten(), nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 9),
         nn.Dropout(), nn.LeakyReLU(), nn.Sequential(nn.Linear(9, 6), nn.Sigmoid()), nn.Linear(6, 4),
     )  # fmt: skip
     masks = random_masks(model, 0.2, seed)

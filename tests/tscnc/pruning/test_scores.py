@@ -147,6 +147,36 @@ def test_synflow_of_a_cnn_is_that_of_its_linear_twin() -> None:
     torch.testing.assert_close(got["5.weight"], (linear * gradients[1]).detach())
 
 
+class Branching(nn.Module):
+    """Computes in place on what it has scaled, while the unscaled activation is still in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, weight in (("stem", 2.0), ("branch", -3.0), ("head", 5.0), ("side", 7.0)):
+            layer = nn.Linear(1, 1)
+            nn.init.constant_(layer.weight, weight)
+            self.add_module(name, layer)
+        self.register_buffer("offset", torch.full((3, 1), 9.0))
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.stem(input)
+        y = x * 11
+        y += self.branch(x)
+        output: Tensor = self.head(y) - self.side(x) + self.offset
+        return output[0]
+
+
+def test_synflow_of_branches_by_hand() -> None:
+    got = scores.synflow(Branching(), example_input=torch.zeros(1, 1))
+    # Of the output, 2·5 + 2·3·5 + 2·7 = 54, these are the parts that pass through each weight.
+    assert {name: score.item() for name, score in got.items()} == {
+        "stem.weight": 54,
+        "branch.weight": 30,
+        "head.weight": 40,
+        "side.weight": 14,
+    }
+
+
 def test_synflow_is_conserved_from_layer_to_layer() -> None:
     model = nn.Sequential(*[nn.Linear(7, 7) for _ in range(5)])
     got = scores.synflow(model, example_input=torch.zeros(1, 7), masks=half_masks(model))
@@ -241,6 +271,16 @@ def test_synflow_refuses_to_do_without_an_example_input() -> None:
         scores.synflow(small_mlp())
     with pytest.raises(TypeError, match=r"float example input, got torch\.int64"):
         scores.synflow(small_mlp(), example_input=torch.zeros(1, 6, dtype=torch.int64))
+
+
+def test_parametrized_weights_count_as_what_they_are() -> None:
+    model = small_mlp()
+    nn.utils.parametrizations.weight_norm(model[0])
+    got = scores.synflow(model, example_input=torch.zeros(1, 6))
+    expected = scores.synflow(small_mlp(), example_input=torch.zeros(1, 6))
+    for name, score in expected.items():
+        torch.testing.assert_close(got[name], score)
+    assert nn.utils.parametrize.is_parametrized(model[0], "weight")
 
 
 def test_a_model_without_layers_is_refused() -> None:
