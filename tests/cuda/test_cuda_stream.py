@@ -1,5 +1,6 @@
 """Torch's current stream is found in a locally loaded libtorch_cuda.so; its absence is named."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -18,7 +19,7 @@ extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) {
 
 
 def compile_cpp(*arguments: object) -> None:
-    command = ["g++", "-std=c++17", "-O0", *map(str, arguments), "-ldl"]
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O0", *map(str, arguments), "-ldl"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
 
