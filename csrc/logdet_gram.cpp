@@ -96,19 +96,17 @@ Tensor doubles(int64_t count, const Tensor& like) {
 std::tuple<Tensor, Tensor> logdet_gram_cpu(Tensors weights, double ridge) {
   const Plan plan = plan_of(weights);
   Tensor factors = doubles(plan.factors, weights[0]);
-  Tensor values = torch::stable::empty({static_cast<int64_t>(weights.size())},
-                                       weights[0].scalar_type(), std::nullopt, weights[0].device());
+  Tensor values = doubles(static_cast<int64_t>(weights.size()), weights[0]);
   dispatch(weights[0], [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto kernel = TSCNC_SELECT(logdet_gram<T>);
     const auto workspace_size = TSCNC_SELECT(logdet_gram_workspace);
-    T* value = static_cast<T*>(values.mutable_data_ptr());
     for_each_matrix(plan, [&](size_t i, ParallelFor threads) {
       const Matrix& m = plan.matrices[i];
       Tensor workspace = doubles(workspace_size(m.rows, m.cols), values);
       const T* weight = static_cast<const T*>(weights[i].const_data_ptr());
-      value[i] = static_cast<T>(kernel(weight, m.rows, m.cols, ridge, data(factors) + m.offset,
-                                       data(workspace), threads));
+      data(values)[i] =
+          kernel(weight, m.rows, m.cols, ridge, data(factors) + m.offset, data(workspace), threads);
     });
   });
   return {values, factors};
@@ -119,8 +117,8 @@ Tensors logdet_gram_backward_cpu(Tensor grad_output, Tensors weights, Tensor fac
   const Plan plan = plan_of(weights);
   STD_TORCH_CHECK(grad_output.numel() == static_cast<int64_t>(weights.size()) &&
                       grad_output.is_contiguous() &&
-                      grad_output.scalar_type() == weights[0].scalar_type(),
-                  kOp, ": expected a contiguous grad_output with one element per weight");
+                      grad_output.scalar_type() == ScalarType::Double,
+                  kOp, ": expected a contiguous float64 grad_output with one element per weight");
   STD_TORCH_CHECK(factors.numel() == plan.factors && factors.is_contiguous() &&
                       factors.scalar_type() == ScalarType::Double,
                   kOp, ": expected the factors that the forward call returned");
@@ -130,7 +128,7 @@ Tensors logdet_gram_backward_cpu(Tensor grad_output, Tensors weights, Tensor fac
     using T = typename decltype(tag)::type;
     const auto kernel = TSCNC_SELECT(logdet_gram_backward<T>);
     const auto workspace_size = TSCNC_SELECT(logdet_gram_backward_workspace);
-    const T* scale = static_cast<const T*>(grad_output.const_data_ptr());
+    const double* scale = static_cast<const double*>(grad_output.const_data_ptr());
     const double* factor = static_cast<const double*>(factors.const_data_ptr());
     for_each_matrix(plan, [&](size_t i, ParallelFor threads) {
       const Matrix& m = plan.matrices[i];

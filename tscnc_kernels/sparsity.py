@@ -1,8 +1,9 @@
 """SparsityPattern: which entries of a weight are kept, in the form that the kernels read.
 
-The canonical form is the mask as packed bits. Everything else is an index built from it once per mask: the kept
-entries row by row, and column by column for the transposed product with a permutation from one order to the
-other. A weight of more than two dimensions is indexed as the matrix (shape[0], product of the rest).
+The canonical form is the mask as packed bits. Everything else is an index built from it once per
+mask: the kept entries row by row, and column by column for the transposed product with a
+permutation from one order to the other. A weight of more than two dimensions is indexed as the
+matrix (shape[0], product of the rest).
 
 Letters: N rows, K columns, nnz kept entries.
 """
@@ -43,14 +44,17 @@ def _check_shape(shape: Sequence[int]) -> None:
 class SparsityPattern:
     """The kept entries of a weight: an immutable mask with its index.
 
-    Build it with `SparsityPattern.from_mask(mask)`. A changed mask is a new pattern (`update`), because a pattern
-    that changed between forward and backward would corrupt gradients silently. Copies share the tensors, which
-    must not be written to. Two patterns are equal when their shapes and masks are.
+    Build it with `SparsityPattern.from_mask(mask)`. A changed mask is a new pattern (`update`),
+    because a pattern that changed between forward and backward would corrupt gradients silently.
+    Copies share the tensors, which must not be written to. Two patterns are equal when their
+    shapes and masks are.
 
     Attributes:
         shape: shape of the mask and of the dense weight.
-        bits: (⌈numel / 8⌉,) uint8, the mask in row-major order, entry i in bit i % 8 of byte i // 8.
-        row_pointers: (N + 1,) int32; row n holds the kept entries row_pointers[n] to row_pointers[n + 1] - 1.
+        bits: (⌈numel / 8⌉,) uint8, the mask in row-major order, entry i in bit i % 8 of byte i //
+            8.
+        row_pointers: (N + 1,) int32; row n holds the kept entries row_pointers[n] to
+            row_pointers[n + 1] - 1.
         columns: (nnz,) int32, the column of each kept entry in row-major order.
         column_pointers: (K + 1,) int32, as row_pointers for the entries in column-major order.
         column_rows: (nnz,) int32, the row of each kept entry in column-major order.
@@ -70,8 +74,8 @@ class SparsityPattern:
         """The pattern that keeps the entries where `mask` is true.
 
         Args:
-            mask: (N, K) bool tensor, or (out, in / groups, kh, kw) for a convolution. Rows, columns or all
-                entries may be pruned.
+            mask: (N, K) bool tensor, or (out, in / groups, kh, kw) for a convolution. Rows,
+                columns or all entries may be pruned.
 
         Returns:
             The pattern, on the mask's device.
@@ -106,7 +110,8 @@ class SparsityPattern:
         size = -(-math.prod(shape) // 8)
         if bits.shape != (size,):
             raise ValueError(
-                f"expected {size} bytes of mask bits for shape {tuple(shape)}, got shape {tuple(bits.shape)}"
+                f"expected {size} bytes of mask bits for shape {tuple(shape)}, "
+                f"got shape {tuple(bits.shape)}"
             )
         return cls.from_mask(_unpack(bits, tuple(shape)))
 
@@ -153,13 +158,12 @@ class SparsityPattern:
             ValueError: another shape.
         """
         if tuple(weight.shape) != self.shape:
-            raise ValueError(
-                f"expected weight of shape {self.shape}, got {tuple(weight.shape)}"
-            )
+            raise ValueError(f"expected weight of shape {self.shape}, got {tuple(weight.shape)}")
         return weight.reshape(-1).gather(0, self._positions())
 
     def scatter(self, values: Tensor) -> Tensor:
-        """The dense weight that holds `values` at the kept entries and zero elsewhere, differentiable.
+        """The dense weight that holds `values` at the kept entries and zero elsewhere,
+        differentiable.
 
         Args:
             values: (nnz,) tensor in row-major order, any dtype.
@@ -182,8 +186,9 @@ class SparsityPattern:
             mask: bool tensor of `shape`.
 
         Returns:
-            The new pattern, and the mapping: (new nnz,) int64, for each kept entry of the new pattern its index among
-            this pattern's values, or -1 where the entry was pruned before. `remap(values, mapping)` applies it.
+            The new pattern, and the mapping: (new nnz,) int64, for each kept entry of the new
+            pattern its index among this pattern's values, or -1 where the entry was pruned before.
+            `remap(values, mapping)` applies it.
 
         Raises:
             TypeError: the mask is not a boolean tensor.

@@ -6,24 +6,27 @@ Formula, with M the pattern's mask, ∘ the element-wise product and act none, r
     G  = dY ∘ act'(Z)
     dX = G (W ∘ M),   dW = (Gᵀ X) ∘ M,   db = Σ over the batch of G
 
-Shapes: X (..., K), W (N, K) or its kept values (nnz,), b (N,), Y (..., N). The derivative of relu at 0 is 0;
-gelu is the exact one, z Φ(z).
+Shapes: X (..., K), W (N, K) or its kept values (nnz,), b (N,), Y (..., N). The derivative of relu
+at 0 is 0; gelu is the exact one, z Φ(z).
 
-Algorithms of the native backend: "panel" transposes groups of samples into panels and runs over the kept entries
-once per panel, in registers (csrc/cpu/panel.h); the forward product, dX with the transposed index and dW at the kept
-entries all work so. "dense" is torch's GEMM on W ∘ M. The other backends have only "dense".
+Algorithms of the native backend: "panel" transposes groups of samples into panels and runs over
+the kept entries once per panel, in registers (csrc/cpu/panel.h); the forward product, dX with the
+transposed index and dW at the kept entries all work so. "dense" is torch's GEMM on W ∘ M. The
+other backends have only "dense".
 
-Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with separate passes for
-dX and dW. Deviations: none in the formula; reductions are ordered, so that results do not depend on threads.
+Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with
+separate passes for dX and dW. Deviations: none in the formula; reductions are ordered, so that
+results do not depend on threads.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._autocast import autocast
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels.sparsity import SparsityPattern
 
@@ -33,9 +36,11 @@ _backend.register("masked_linear", BACKENDS)
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 ALGORITHMS = ("panel", "dense")
-# Above this density torch's GEMM is expected to win over a training step: without cache blocking the panel
-# kernel reaches about a third of the GEMM's rate (rows of benchmarks/results/*/masked_linear.csv).
+# Above this density torch's GEMM is expected to win over a training step: without cache blocking
+# the panel kernel reaches about a third of the GEMM's rate (rows of
+# benchmarks/results/*/masked_linear.csv).
 PANEL_DENSITY = 0.35
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -58,10 +63,13 @@ def _check(
             raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _DTYPES:
             raise TypeError(
-                f"expected {name} of dtype float32, float64, bfloat16 or float16, got {tensor.dtype}"
+                f"expected {name} of dtype float32, float64, bfloat16 or float16, "
+                f"got {tensor.dtype}"
             )
         if tensor.dtype != input.dtype:
-            raise TypeError(f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}")
+            raise TypeError(
+                f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}"
+            )
         if tensor.layout != torch.strided:
             raise ValueError(f"expected a strided {name}, got {tensor.layout}")
         if tensor.device != pattern.device:
@@ -116,7 +124,7 @@ def _masked_weight(weight: Tensor, pattern: SparsityPattern, dense_grad: bool = 
     if weight.ndim == 1:
         return pattern.scatter(weight)
     if dense_grad:
-        return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return]
+        return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return,no-untyped-call]
     return weight.where(pattern.mask, weight.new_zeros(()))
 
 
@@ -127,7 +135,7 @@ def _activate(z: Tensor, activation: str) -> Tensor:
 
 
 def _activation_gradient(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """dY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
+    """DY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
     if activation == "relu":
         return grad_output * (saved > 0)
     if activation == "gelu":
@@ -157,10 +165,9 @@ def reference_backward(
     weight: Tensor,
     pattern: SparsityPattern,
     activation: str = "none",
-    *,
     dense_grad: bool = False,
     needs: tuple[bool, bool, bool] = (True, True, True),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of `reference` for a 2-d input, themselves differentiable.
 
     Args:
@@ -208,15 +215,9 @@ def _(
     input: Tensor,
     weight: Tensor,
     row_pointers: Tensor,
-    columns: Tensor,
-    column_pointers: Tensor,
-    column_rows: Tensor,
-    permutation: Tensor,
-    activation: int,
-    needs_input: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    needs_input, needs_weight, needs_bias = rest[-3:]
     return (
         input.new_empty(input.shape if needs_input else (0,)),
         input.new_empty(weight.shape if needs_weight else (0,)),
@@ -229,27 +230,32 @@ for _name in ("masked_linear", "masked_linear_backward"):
     register_loop_vmap(_name, getattr(_native, _name))
 
 
+class _Options(NamedTuple):
+    shape: tuple[int, ...]
+    activation: str
+    dense_grad: bool
+    assume_masked: bool
+    algorithm: str
+
+
 def _forward(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     pattern: SparsityPattern,
-    activation: str,
-    assume_masked: bool,
-    algorithm: str,
+    options: _Options,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
-    save = save and activation == "gelu"
-    if algorithm == "panel":
+    save = save and options.activation == "gelu"
+    if options.algorithm == "panel":
         index = pattern.row_pointers, pattern.columns
         return _native.masked_linear(  # type: ignore[no-any-return]
-            input, weight, bias, *index, ACTIVATIONS[activation], save
+            input, weight, bias, *index, ACTIVATIONS[options.activation], save
         )
-    held = assume_masked and weight.ndim == 2
+    held = options.assume_masked and weight.ndim == 2
     z = F.linear(input, weight if held else _masked_weight(weight, pattern), bias)
-    output = _activate(z, activation)
-    return output, z if save else z.new_empty((0, z.shape[1]))
+    return _activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
 
 
 def _backward(
@@ -258,28 +264,21 @@ def _backward(
     input: Tensor,
     weight: Tensor,
     pattern: SparsityPattern,
-    activation: str,
-    dense_grad: bool,
-    algorithm: str,
+    options: _Options,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if algorithm != "panel":
+) -> Gradients:
+    """First derivatives; `saved` is Y for relu and Z for gelu."""
+    activation, dense_grad = options.activation, options.dense_grad
+    if options.algorithm != "panel":
         return reference_backward(
-            grad_output, saved, input, weight, pattern, activation, dense_grad=dense_grad, needs=needs
+            grad_output, saved, input, weight, pattern, activation, dense_grad, needs
         )
-    sparse_weight = needs[1] and not dense_grad
-    found = _native.masked_linear_backward(
-        grad_output,
-        saved,
-        input,
-        weight,
-        *pattern.tensors[1:],
-        ACTIVATIONS[activation],
-        needs[0],
-        sparse_weight,
-        needs[2],
+    index, code = pattern.tensors[1:], ACTIVATIONS[activation]
+    wanted = needs[0], needs[1] and not dense_grad, needs[2]
+    found = _native.masked_linear_backward(grad_output, saved, input, weight, *index, code, *wanted)
+    grad_input, grad_weight, grad_bias = (
+        g if n else None for g, n in zip(found, needs, strict=True)
     )
-    grad_input, grad_weight, grad_bias = (g if n else None for g, n in zip(found, needs, strict=True))
     if needs[1] and dense_grad:
         grad_weight = _activation_gradient(grad_output, saved, activation).t() @ input
     return grad_input, grad_weight, grad_bias
@@ -289,81 +288,51 @@ class MaskedLinearFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        input, weight, bias, *rest
-    ) -> tuple[Tensor, Tensor]:
-        *index, shape, activation, dense_grad, assume_masked, algorithm = rest
-        pattern = SparsityPattern(shape, *index)
-        return _forward(
-            input, weight, bias, pattern, activation, assume_masked, algorithm, save=True
-        )
+    def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
+        pattern = SparsityPattern(options.shape, *index)
+        return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        input, weight, bias, *rest = inputs
-        *index, ctx.shape, ctx.activation, ctx.dense_grad, _, ctx.algorithm = rest
+        input, weight, bias, ctx.options, *index = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
-        saved = result if ctx.activation == "relu" else preactivation
+        saved = result if ctx.options.activation == "relu" else preactivation
         ctx.save_for_backward(saved, input, weight, bias, *index)
 
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
         saved, input, weight, bias, *index = ctx.saved_tensors
-        pattern = SparsityPattern(ctx.shape, *index)
-        needs = ctx.needs_input_grad[:3]
+        options, needs = ctx.options, ctx.needs_input_grad[:3]
+        pattern = SparsityPattern(options.shape, *index)
         if torch.is_grad_enabled():
-            saved = F.linear(input, _masked_weight(weight, pattern, ctx.dense_grad), bias)
+            activation, dense_grad = options.activation, options.dense_grad
+            z = F.linear(input, _masked_weight(weight, pattern, dense_grad), bias)
             gradients = reference_backward(
-                grad_output,
-                saved,
-                input,
-                weight,
-                pattern,
-                ctx.activation,
-                dense_grad=ctx.dense_grad,
-                needs=needs,
+                grad_output, z, input, weight, pattern, activation, dense_grad, needs
             )
         else:
-            gradients = _backward(
-                grad_output,
-                saved,
-                input,
-                weight,
-                pattern,
-                ctx.activation,
-                ctx.dense_grad,
-                ctx.algorithm,
-                needs,
-            )
-        return *gradients, *(None for _ in range(len(index) + 5))
+            gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
+        return *gradients, None, *(None for _ in index)
 
 
 def choose_algorithm(pattern: SparsityPattern, backend: str, algorithm: str | None = None) -> str:
     """The algorithm that `masked_linear` runs: the one asked for, else by a closed-form rule.
 
-    The rule is "panel" where the native backend runs and the density is at most `PANEL_DENSITY`, else "dense".
+    The rule is "panel" where the native backend runs and the density is at most `PANEL_DENSITY`,
+    else "dense".
 
     Raises:
         RuntimeError: "panel" was asked for on a backend without it.
     """
     if algorithm == "panel" and backend != "native":
         raise RuntimeError(
-            f"masked_linear: algorithm 'panel' needs the native backend, got {backend!r} on {pattern.device}"
+            f"masked_linear: algorithm 'panel' needs the native backend, got {backend!r} "
+            f"on {pattern.device}"
         )
     if algorithm is not None:
         return algorithm
     return "panel" if backend == "native" and pattern.density <= PANEL_DENSITY else "dense"
-
-
-def _autocast(tensor: Any) -> Any:
-    """The tensor in autocast's dtype, by the rule that torch applies to F.linear."""
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        return tensor
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def masked_linear(
@@ -381,56 +350,49 @@ def masked_linear(
     """Linear layer act(x (W ∘ M)ᵀ + b) that reads and writes only the kept entries of W.
 
     Args:
-        input: (..., K) tensor of dtype float32, float64, bfloat16 or float16, any strides. Half types are summed in
-            float32.
-        weight: (N, K) tensor of the input's dtype, any strides, whatever it holds off the mask; or the kept values
-            (nnz,) in row-major order, weight[mask].
+        input: (..., K) tensor of dtype float32, float64, bfloat16 or float16, any strides. Half
+            types are summed in float32.
+        weight: (N, K) tensor of the input's dtype, any strides, whatever it holds off the mask; or
+            the kept values (nnz,) in row-major order, weight[mask].
         pattern: the mask M of shape (N, K), on the input's device.
         bias: (N,) tensor of the input's dtype, or None.
         activation: "none", "relu" or "gelu" (the exact one).
-        dense_grad: give a dense weight's gradient off the mask too, as for pruning scores and regrowth.
-        assume_masked: promise that a dense weight is zero off the mask, so that the dense algorithm need not
-            mask it.
+        dense_grad: give a dense weight's gradient off the mask too, as for pruning scores and
+            regrowth.
+        assume_masked: promise that a dense weight is zero off the mask, so that the dense
+            algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "panel" (native, on the kept entries), "dense" (torch's GEMM on W ∘ M); None chooses by
-            density, see `choose_algorithm`.
+        algorithm: "panel" (native, on the kept entries), "dense" (torch's GEMM on W ∘ M); None
+            chooses by density, see `choose_algorithm`.
 
     Returns:
-        (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is zero off the mask
-        (unless dense_grad); that of values has shape (nnz,).
+        (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
+        zero off the mask (unless dense_grad); that of values has shape (nnz,).
 
     Raises:
-        ValueError: shapes that do not fit, tensors on several devices, an unknown activation or algorithm, or
-            dense_grad with values.
-        TypeError: a dtype that is not supported or differs from the input's; pattern is not a SparsityPattern.
+        ValueError: shapes that do not fit, tensors on several devices, an unknown activation or
+            algorithm, or dense_grad with values.
+        TypeError: a dtype that is not supported or differs from the input's; pattern is not a
+            SparsityPattern.
         RuntimeError: the backend or the algorithm cannot run here.
 
-    Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors are cast as for
-    F.linear. Determinism: the panel algorithm gives the same bits every run and for any number of threads.
+    Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
+        are cast as for
+    F.linear. Determinism: the panel algorithm gives the same bits every run and for any number of
+    threads.
     """
-    input, weight, bias = _autocast(input), _autocast(weight), _autocast(bias)
+    input, weight, bias = (autocast(tensor) for tensor in (input, weight, bias))
     _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
     chosen = _backend.select("masked_linear", input.device, backend)
     algorithm = choose_algorithm(pattern, chosen, algorithm)
-    rows, width = pattern.shape
-    flat = input.reshape(-1, width)
+    options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithm)
+    flat = input.reshape(-1, pattern.shape[1])
     bias = None if bias is None else bias.contiguous()
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (flat, weight, bias)
-    ):
-        output, _ = MaskedLinearFunction.apply(
-            flat,
-            weight,
-            bias,
-            *pattern.tensors,
-            pattern.shape,
-            activation,
-            dense_grad,
-            assume_masked,
-            algorithm,
+    tensors = [flat, weight] if bias is None else [flat, weight, bias]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
+            flat, weight, bias, options, *pattern.tensors
         )
     else:
-        output, _ = _forward(
-            flat, weight, bias, pattern, activation, assume_masked, algorithm, save=False
-        )
-    return output.reshape(*input.shape[:-1], rows)  # type: ignore[no-any-return]
+        output, _ = _forward(flat, weight, bias, pattern, options, save=False)
+    return output.reshape(*input.shape[:-1], pattern.shape[0])  # type: ignore[no-any-return]
