@@ -13,6 +13,8 @@
 namespace tscnc::TSCNC_ISA {
 
 constexpr int64_t kMaxBasis = 48;
+// An error this small that no longer shrinks is rounding.
+constexpr double kStallError = 1e-12;
 
 // Pseudo-random in (-1, 1) from a counter (SplitMix64): the same for every run, thread and list
 // position.
@@ -87,8 +89,11 @@ class KrylovSpace {
       const bool full = size_ == n_, capped = applied >= options.max_blocks;
       if (size_ == limit || size_ >= next_check || capped) {
         next_check = size_ + (size_ / 3 > 4 ? size_ / 3 : 4);
+        const double before = result.error;
         result = assess(options, full);
-        const bool converged = full || result.error <= options.tolerance;
+        // Rounding may keep a very small tolerance out of reach.
+        const bool stalled = result.error <= kStallError && result.error > before / 2;
+        const bool converged = full || stalled || result.error <= options.tolerance;
         if (capped || full) break;
         if (converged && applied >= probe_until) {
           if (first_done == 0) first_done = applied;
