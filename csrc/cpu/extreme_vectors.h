@@ -117,7 +117,7 @@ class ExtremeVectors {
     // error.
     const bool small = a.n <= 64, fp64 = source_.dtype == DType::float64;
     const double close = 1 + options_.tie_tolerance;
-    return {fp64 ? 1e-21 : (small ? 1e-13 : 1e-6), 1 - 1 / (close * close), kMaxBlocks};
+    return {fp64 ? 1e-21 : (small ? 1e-10 : 1e-6), 1 - 1 / (close * close), kMaxBlocks};
   }
 
   template <class Apply>
