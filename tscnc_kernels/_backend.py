@@ -117,6 +117,13 @@ class use_backend:
 def available_backends(op: str, device: str | torch.device = "cpu") -> list[str]:
     """Backends of the op that run on the device, in order of preference.
 
+    Args:
+        op: name of an op, e.g. "transformed_l1".
+        device: where the op's tensors would be, e.g. "cpu" or "cuda".
+
+    Returns:
+        Names out of "native", "triton" and "reference".
+
     Raises:
         ValueError: no op has that name.
     """

@@ -1,0 +1,137 @@
+#include "masked_linear.h"
+
+#include "panel.h"
+#include "vec.h"
+
+namespace tscnc::TSCNC_ISA {
+namespace {
+
+// Vectors in a full panel: with two sums each they fill half of the registers, and a panel of 2048
+// features (256 KiB with AVX2) stays in a second-level cache.
+constexpr int kPanelVecs = 4;
+// Results transposed together: whole cache lines of a row-major output.
+constexpr int64_t kTileRows = 16;
+
+// The narrowest panel for `count` samples.
+template <class T, class Function>
+inline void with_panel_width(int64_t count, const Function& function) {
+  if (count <= kLanes<T>) {
+    function(std::integral_constant<int, 1>());
+  } else if (count <= 2 * kLanes<T>) {
+    function(std::integral_constant<int, 2>());
+  } else {
+    function(std::integral_constant<int, kPanelVecs>());
+  }
+}
+
+template <class T, int kVecs>
+void product_tile(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64_t sample,
+                  int64_t count, const Compute<T>* panel, Compute<T>* tile) {
+  using C = Compute<T>;
+  constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t begin = call.structure.pointers[row + r];
+    const int32_t end = call.structure.pointers[row + r + 1];
+    Vec<C> sum[kVecs];
+    row_product<C, kVecs>(call.values + begin, call.structure.columns + begin, end - begin, panel,
+                          sum);
+    const C bias = call.bias == nullptr ? C(0) : load_partial(call.bias + row + r, 1)[0];
+    for (int v = 0; v < kVecs; ++v) store(tile + r * kWidth + v * kW, sum[v] + bias);
+  }
+  const int64_t stride = call.structure.rows, offset = sample * stride + row;
+  if (call.preactivation != nullptr) {
+    unpack<T, kVecs>(tile, rows, count, call.preactivation + offset, stride);
+  }
+  if (call.activation != Activation::none) {
+    for (int64_t i = 0; i < rows * kWidth; i += kW) {
+      store(tile + i, activate<C>(load(tile + i), call.activation));
+    }
+  }
+  unpack<T, kVecs>(tile, rows, count, call.output + offset, stride);
+}
+
+}  // namespace
+
+template <class T>
+int64_t masked_linear_lanes() {
+  return kPanelVecs * kLanes<T>;
+}
+
+template <class T>
+int64_t masked_linear_scratch(int64_t width) {
+  return (width + kTileRows) * kPanelVecs * kLanes<T>;
+}
+
+template <class T>
+void masked_linear_product(const MaskedProduct<T>& call, int64_t begin, int64_t end,
+                           Working<T>* scratch) {
+  const int64_t lanes = masked_linear_lanes<T>();
+  Compute<T>* tile = scratch;
+  Compute<T>* panel = scratch + kTileRows * lanes;
+  int64_t packed = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t sample = item / call.row_splits * lanes, split = item % call.row_splits;
+    const int64_t left = call.input.count - sample, count = left < lanes ? left : lanes;
+    const int64_t row_begin = row_split(call.structure, split, call.row_splits);
+    const int64_t row_end = row_split(call.structure, split + 1, call.row_splits);
+    with_panel_width<T>(count, [&](auto width) {
+      constexpr int kVecs = decltype(width)::value;
+      if (packed != sample) {
+        pack<T, kVecs>(call.input, sample, count, 0, call.structure.width, panel);
+      }
+      for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+        const int64_t rows = row_end - row < kTileRows ? row_end - row : kTileRows;
+        product_tile<T, kVecs>(call, row, rows, sample, count, panel, tile);
+      }
+    });
+    packed = sample;
+  }
+}
+
+template <class T>
+void masked_linear_weight_gradient(const MaskedWeightGradient<T>& call, int64_t begin, int64_t end,
+                                   Working<T>* scratch) {
+  using C = Compute<T>;
+  const int64_t lanes = masked_linear_lanes<T>();
+  const int32_t* pointers = call.structure.pointers;
+  const bool products = call.values_gradient != nullptr && pointers[begin] < pointers[end];
+  Compute<T>* tile = scratch;
+  Compute<T>* panel = scratch + kTileRows * lanes;
+  for (int64_t sample = 0; sample < call.input.count; sample += lanes) {
+    const int64_t left = call.input.count - sample, count = left < lanes ? left : lanes;
+    with_panel_width<T>(count, [&](auto width) {
+      constexpr int kVecs = decltype(width)::value, kWidth = kVecs * kLanes<T>;
+      if (products) pack<T, kVecs>(call.input, sample, count, 0, call.structure.width, panel);
+      for (int64_t first = begin; first < end; first += kTileRows) {
+        const int64_t last = end - first < kTileRows ? end : first + kTileRows;
+        pack<T, kVecs>(call.gradient, sample, count, first, last, tile);
+        for (int64_t row = first; row < last; ++row) {
+          const C* held = tile + (row - first) * kWidth;
+          const int32_t start = pointers[row];
+          if (products) {
+            row_inner_products<C, kVecs>(held, call.structure.columns + start,
+                                         pointers[row + 1] - start, panel,
+                                         call.values_gradient + start);
+          }
+          if (call.bias_gradient == nullptr) continue;
+          Vec<C> sum = load(held);
+          for (int v = 1; v < kVecs; ++v) sum += load(held + v * kLanes<T>);
+          call.bias_gradient[row] += sum_lanes<C>(sum);
+        }
+      }
+    });
+  }
+}
+
+#define TSCNC_INSTANTIATE(T)                                                                       \
+  template int64_t masked_linear_lanes<T>();                                                       \
+  template int64_t masked_linear_scratch<T>(int64_t);                                              \
+  template void masked_linear_product<T>(const MaskedProduct<T>&, int64_t, int64_t, Working<T>*);  \
+  template void masked_linear_weight_gradient<T>(const MaskedWeightGradient<T>&, int64_t, int64_t, \
+                                                 Working<T>*);
+TSCNC_INSTANTIATE(float)
+TSCNC_INSTANTIATE(double)
+TSCNC_INSTANTIATE(bf16)
+TSCNC_INSTANTIATE(fp16)
+
+}  // namespace tscnc::TSCNC_ISA

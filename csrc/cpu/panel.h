@@ -1,0 +1,235 @@
+// Panels: a group of samples stored feature by feature, panel[feature * lanes + sample], so that
+// one weight meets all samples of the group in vector registers. Packing transposes rows of samples
+// into a panel; unpacking transposes a tile of results back.
+//
+// A panel is kVecs vectors wide. C is the arithmetic type, T the storage type.
+#pragma once
+
+#include <utility>
+
+#include "include/activation.h"
+#include "masked_linear.h"
+#include "vec.h"
+
+namespace tscnc::TSCNC_ISA {
+
+template <int kBytes>
+struct SignedOf;
+template <>
+struct SignedOf<4> {
+  using type = int32_t;
+};
+template <>
+struct SignedOf<8> {
+  using type = int64_t;
+};
+
+// In every block of 2 * kHalf lanes: the chosen half (0 low, 1 high) of a, then that half of b.
+template <class C, int kHalf, int kWhich, int... kLane>
+inline Vec<C> join_halves(Vec<C> a, Vec<C> b, std::integer_sequence<int, kLane...>) {
+  constexpr int n = sizeof...(kLane);
+#define TSCNC_LANE                                                            \
+  (kLane / (2 * kHalf) * (2 * kHalf) + kLane % kHalf + (kWhich ? kHalf : 0) + \
+   (kLane % (2 * kHalf) < kHalf ? 0 : n))
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, TSCNC_LANE...);
+#else
+  const Vec<typename SignedOf<sizeof(C)>::type> lanes = {TSCNC_LANE...};
+  return __builtin_shuffle(a, b, lanes);
+#endif
+#undef TSCNC_LANE
+}
+
+template <class C, int kHalf, int kWhich>
+inline Vec<C> join_halves(Vec<C> a, Vec<C> b) {
+  return join_halves<C, kHalf, kWhich>(a, b, std::make_integer_sequence<int, kLanes<C>>());
+}
+
+// Transposes kLanes vectors in place, swapping off-diagonal blocks of halving size.
+template <class C, int kHalf = kLanes<C> / 2>
+inline void transpose(Vec<C>* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<C>; ++i) {
+    if (i & kHalf) continue;
+    const Vec<C> low = join_halves<C, kHalf, 0>(rows[i], rows[i + kHalf]);
+    rows[i + kHalf] = join_halves<C, kHalf, 1>(rows[i], rows[i + kHalf]);
+    rows[i] = low;
+  }
+  if constexpr (kHalf > 1) transpose<C, kHalf / 2>(rows);
+}
+
+// The vector whose lane i is the sum of the lanes of rows[i]; about one instruction per row.
+template <class C, int kHalf = kLanes<C> / 2>
+inline Vec<C> sum_each(Vec<C>* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kHalf; ++i) {
+    rows[i] = join_halves<C, kHalf, 0>(rows[i], rows[i + kHalf]) +
+              join_halves<C, kHalf, 1>(rows[i], rows[i + kHalf]);
+  }
+  if constexpr (kHalf > 1) return sum_each<C, kHalf / 2>(rows);
+  return rows[0];
+}
+
+// A function of scalars, lane by lane.
+template <class C, class Function>
+inline Vec<C> each_lane(Vec<C> value, Function function) {
+  C lanes[kLanes<C>];
+  store(lanes, value);
+  for (int i = 0; i < kLanes<C>; ++i) lanes[i] = function(lanes[i]);
+  return load(lanes);
+}
+
+template <class C>
+inline Vec<C> activate(Vec<C> value, Activation activation) {
+  if (activation == Activation::relu) return value < 0 ? Vec<C>{} : value;
+  if (activation == Activation::gelu) return each_lane<C>(value, [](C z) { return gelu(z); });
+  return value;
+}
+
+// gradient * act'(z); `saved` is the activation's result for relu and z for gelu.
+template <class C>
+inline Vec<C> activation_gradient(Vec<C> gradient, Vec<C> saved, Activation activation) {
+  if (activation == Activation::relu) return saved <= 0 ? Vec<C>{} : gradient;
+  if (activation == Activation::gelu) {
+    return gradient * each_lane<C>(saved, [](C z) { return gelu_gradient(z); });
+  }
+  return gradient;
+}
+
+// Lanes [0, count) hold kLanes features of one sample; the others are zero.
+template <class T>
+inline Vec<Compute<T>> load_features(const Samples<T>& source, int64_t sample, int64_t feature,
+                                     int64_t count) {
+  using C = Compute<T>;
+  const T* data = source.data + sample * source.sample_stride + feature * source.feature_stride;
+  Vec<C> value;
+  if (source.feature_stride == 1) {
+    value = count == kLanes<T> ? load(data) : load_partial(data, count);
+  } else {
+    T buffer[kLanes<T>] = {};
+    for (int64_t i = 0; i < count; ++i) buffer[i] = data[i * source.feature_stride];
+    value = load(buffer);
+  }
+  if (source.saved == nullptr) return value;
+  const T* saved = source.saved + sample * source.features + feature;
+  return activation_gradient<C>(
+      value, count == kLanes<T> ? load(saved) : load_partial(saved, count), source.activation);
+}
+
+// Features [begin, end) of `count` samples from `sample` on; lanes without a sample are zero.
+template <class T, int kVecs>
+void pack(const Samples<T>& source, int64_t sample, int64_t count, int64_t begin, int64_t end,
+          Compute<T>* panel) {
+  using C = Compute<T>;
+  constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
+  const bool feature_major =
+      source.sample_stride == 1 && source.feature_stride != 1 && source.saved == nullptr;
+  for (int lane = 0; lane < kWidth; lane += kW) {
+    const int64_t present = count - lane < kW ? (count > lane ? count - lane : 0) : kW;
+    for (int64_t feature = begin; feature < end; feature += kW) {
+      const int64_t left = end - feature < kW ? end - feature : kW;
+      C* target = panel + (feature - begin) * kWidth + lane;
+      if (feature_major) {
+        for (int i = 0; i < left; ++i) {
+          const T* data = source.data + (feature + i) * source.feature_stride + sample + lane;
+          store(target + i * kWidth, present == kW ? load(data) : load_partial(data, present));
+        }
+        continue;
+      }
+      Vec<C> rows[kW];
+      if (present == kW && left == kW) {
+        for (int i = 0; i < kW; ++i)
+          rows[i] = load_features(source, sample + lane + i, feature, kW);
+      } else {
+        for (int i = 0; i < kW; ++i) {
+          rows[i] =
+              i < present ? load_features(source, sample + lane + i, feature, left) : Vec<C>{};
+        }
+      }
+      transpose<C>(rows);
+      for (int i = 0; i < left; ++i) store(target + i * kWidth, rows[i]);
+    }
+  }
+}
+
+// Writes a tile of `rows` results of a panel to rows [0, count) of a row-major matrix.
+template <class T, int kVecs>
+void unpack(const Compute<T>* tile, int64_t rows, int64_t count, T* output, int64_t stride) {
+  using C = Compute<T>;
+  constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
+  for (int lane = 0; lane < count; lane += kW) {
+    const int64_t present = count - lane < kW ? count - lane : kW;
+    for (int64_t row = 0; row < rows; row += kW) {
+      const int64_t left = rows - row < kW ? rows - row : kW;
+      Vec<C> block[kW] = {};
+      for (int i = 0; i < left; ++i) block[i] = load(tile + (row + i) * kWidth + lane);
+      transpose<C>(block);
+      T* target = output + lane * stride + row;
+      for (int i = 0; i < present; ++i) {
+        if (left == kW) {
+          store(target + i * stride, block[i]);
+        } else {
+          store_partial(target + i * stride, block[i], left);
+        }
+      }
+    }
+  }
+}
+
+// sum[v] = sum over j of values[j] * panel[columns[j]], with enough independent sums to hide the
+// latency of a multiply-add; their order is fixed.
+template <class C, int kVecs>
+inline void row_product(const C* values, const int32_t* columns, int64_t count, const C* panel,
+                        Vec<C>* sum) {
+  constexpr int kW = kLanes<C>, kWidth = kVecs * kW, kUnroll = kVecs == 4 ? 2 : 4;
+  Vec<C> part[kUnroll][kVecs] = {};
+  int64_t j = 0;
+  for (; j + kUnroll <= count; j += kUnroll) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      const Vec<C> value = broadcast(values[j + u]);
+      const C* row = panel + static_cast<int64_t>(columns[j + u]) * kWidth;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) part[u][v] += value * load(row + v * kW);
+    }
+  }
+  for (; j < count; ++j) {
+    const Vec<C> value = broadcast(values[j]);
+    const C* row = panel + static_cast<int64_t>(columns[j]) * kWidth;
+    for (int v = 0; v < kVecs; ++v) part[0][v] += value * load(row + v * kW);
+  }
+  for (int v = 0; v < kVecs; ++v) {
+    sum[v] = part[0][v] + part[1][v];
+    for (int u = 2; u < kUnroll; ++u) sum[v] += part[u][v];
+  }
+}
+
+// result[j] += <gradient, panel[columns[j]]> over the lanes; the gradient's lanes stay in
+// registers.
+template <class C, int kVecs>
+inline void row_inner_products(const C* gradient, const int32_t* columns, int64_t count,
+                               const C* panel, C* result) {
+  constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
+  Vec<C> held[kVecs];
+  for (int v = 0; v < kVecs; ++v) held[v] = load(gradient + v * kW);
+  const auto product = [&](int32_t column) {
+    const C* row = panel + static_cast<int64_t>(column) * kWidth;
+    Vec<C> sum = held[0] * load(row);
+    for (int v = 1; v < kVecs; ++v) sum += held[v] * load(row + v * kW);
+    return sum;
+  };
+  int64_t j = 0;
+  for (; j + kW <= count; j += kW) {
+    Vec<C> part[kW];
+#pragma GCC unroll 16
+    for (int i = 0; i < kW; ++i) part[i] = product(columns[j + i]);
+    store(result + j, load(result + j) + sum_each<C>(part));
+  }
+  if (j == count) return;
+  Vec<C> part[kW] = {};
+  for (int i = 0; i < count - j; ++i) part[i] = product(columns[j + i]);
+  const Vec<C> sum = sum_each<C>(part);
+  store_partial(result + j, load_partial(result + j, count - j) + sum, count - j);
+}
+
+}  // namespace tscnc::TSCNC_ISA

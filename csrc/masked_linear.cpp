@@ -1,0 +1,274 @@
+// masked_linear on the CPU; Python side and formula: tscnc_kernels/ops/masked_linear.py.
+#include "cpu/masked_linear.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "dtype_dispatch.h"
+#include "scratch.h"
+
+namespace tscnc {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr char kOp[] = "masked_linear";
+// Multiply-adds that are worth a second thread.
+constexpr int64_t kParallelWork = 1 << 18;
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+void check_index(const Tensor& index, int64_t size, const char* name) {
+  STD_TORCH_CHECK(index.is_cpu() && index.is_contiguous() && index.numel() == size &&
+                      index.scalar_type() == ScalarType::Int,
+                  kOp, ": expected ", name, " to be ", size,
+                  " contiguous int32 entries on the CPU");
+}
+
+SparseRows sparse_rows(const Tensor& pointers, const Tensor& columns, int64_t width) {
+  const int64_t rows = pointers.numel() - 1;
+  STD_TORCH_CHECK(rows >= 1, kOp, ": expected at least one row pointer pair");
+  check_index(pointers, rows + 1, "row pointers");
+  const int64_t kept = data<int32_t>(pointers)[rows];
+  check_index(columns, kept, "columns");
+  return {data<int32_t>(pointers), data<int32_t>(columns), rows, width};
+}
+
+void check_matrix(const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype,
+                  const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.size(0) == rows &&
+                      tensor.size(1) == width && tensor.scalar_type() == dtype,
+                  kOp, ": expected ", name, " to be a ", rows, " x ", width,
+                  " CPU matrix of the input's dtype");
+}
+
+template <class T>
+Samples<T> samples(const Tensor& tensor, const T* saved = nullptr,
+                   Activation activation = Activation::none) {
+  return {data<T>(tensor),  tensor.size(0), tensor.size(1), tensor.stride(0),
+          tensor.stride(1), saved,          activation};
+}
+
+template <class Function>
+void for_rows(const SparseRows& structure, const Function& function) {
+  const int64_t rows = structure.rows, cost = structure.pointers[rows] / rows + 1;
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (1 << 15) / cost),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t row = begin; row < end; ++row) function(row);
+                              });
+}
+
+// The kept entries of a dense weight, or the values themselves, in the type that they are
+// multiplied in.
+template <class T>
+Tensor kept_values(const Tensor& weight, const SparseRows& structure) {
+  constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
+  const int64_t kept = structure.pointers[structure.rows];
+  if (weight.dim() == 1) {
+    STD_TORCH_CHECK(weight.is_cpu() && weight.numel() == kept, kOp, ": expected ", kept,
+                    " values, got ", weight.numel());
+    return torch::stable::to(torch::stable::contiguous(weight), working);
+  }
+  check_matrix(weight, structure.rows, structure.width, weight.scalar_type(), "weight");
+  Tensor values = torch::stable::new_empty(weight, {kept});
+  const T* source = data<T>(weight);
+  T* target = static_cast<T*>(values.mutable_data_ptr());
+  const int64_t row_stride = weight.stride(0), column_stride = weight.stride(1);
+  for_rows(structure, [&](int64_t row) {
+    const T* entries = source + row * row_stride;
+    for (int64_t j = structure.pointers[row]; j < structure.pointers[row + 1]; ++j) {
+      target[j] = entries[structure.columns[j] * column_stride];
+    }
+  });
+  return torch::stable::to(values, working);
+}
+
+// A dense matrix that is zero where no entry is kept.
+template <class T>
+Tensor scattered(const Tensor& values, const SparseRows& structure) {
+  Tensor matrix = torch::stable::new_zeros(values, {structure.rows, structure.width});
+  const T* source = data<T>(values);
+  T* target = static_cast<T*>(matrix.mutable_data_ptr());
+  for_rows(structure, [&](int64_t row) {
+    T* entries = target + row * structure.width;
+    for (int64_t j = structure.pointers[row]; j < structure.pointers[row + 1]; ++j) {
+      entries[structure.columns[j]] = source[j];
+    }
+  });
+  return matrix;
+}
+
+// One parallel region: panels of samples, and also ranges of rows where there are fewer panels than
+// threads.
+template <class T>
+void run_product(MaskedProduct<T> call) {
+  if (call.input.count == 0) return;
+  const int64_t lanes = TSCNC_SELECT(masked_linear_lanes<T>)();
+  const int64_t panels = (call.input.count + lanes - 1) / lanes;
+  const int64_t threads = torch::stable::get_num_threads();
+  call.row_splits = panels < threads ? (threads + panels - 1) / panels : 1;
+  const int64_t work =
+      (call.structure.pointers[call.structure.rows] + call.structure.width + call.structure.rows) *
+      lanes / call.row_splits;
+  const auto kernel = TSCNC_SELECT(masked_linear_product<T>);
+  const int64_t size = TSCNC_SELECT(masked_linear_scratch<T>)(call.structure.width);
+  torch::stable::parallel_for(0, panels * call.row_splits,
+                              std::max<int64_t>(1, kParallelWork / std::max<int64_t>(1, work)),
+                              [&](int64_t begin, int64_t end) {
+                                auto* scratch = thread_scratch().reserve<Working<T>>(size);
+                                kernel(call, begin, end, scratch);
+                              });
+}
+
+// Ranges of rows with about equal numbers of kept entries; each sums over the batch in order.
+template <class T>
+void run_weight_gradient(const MaskedWeightGradient<T>& call) {
+  const SparseRows& structure = call.structure;
+  const int64_t work = structure.pointers[structure.rows] * call.input.count;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(work / kParallelWork, 1, threads);
+  const auto kernel = TSCNC_SELECT(masked_linear_weight_gradient<T>);
+  const int64_t size = TSCNC_SELECT(masked_linear_scratch<T>)(structure.width);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = row_split(structure, begin, parts);
+    const int64_t last = end == parts ? structure.rows : row_split(structure, end, parts);
+    if (first < last) kernel(call, first, last, thread_scratch().reserve<Working<T>>(size));
+  });
+}
+
+std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
+                                             std::optional<Tensor> bias, Tensor row_pointers,
+                                             Tensor columns, int64_t activation,
+                                             bool save_preactivation) {
+  const SparseRows structure = sparse_rows(row_pointers, columns, input.size(input.dim() - 1));
+  const ScalarType dtype = input.scalar_type();
+  check_matrix(input, input.size(0), structure.width, dtype, "input");
+  STD_TORCH_CHECK(weight.scalar_type() == dtype, kOp, ": weight and input differ in dtype");
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->is_contiguous() &&
+                        bias->numel() == structure.rows && bias->scalar_type() == dtype,
+                    kOp, ": expected bias to be ", structure.rows, " contiguous entries");
+  }
+  Tensor output = torch::stable::new_empty(input, {input.size(0), structure.rows});
+  const int64_t saved_rows = save_preactivation ? input.size(0) : 0;
+  Tensor preactivation = torch::stable::new_empty(input, {saved_rows, structure.rows});
+  dispatch_floating(kOp, dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Tensor values = kept_values<T>(weight, structure);
+    run_product<T>(
+        {structure, data<Working<T>>(values), samples<T>(input),
+         bias.has_value() ? data<T>(*bias) : nullptr, static_cast<Activation>(activation),
+         static_cast<T*>(output.mutable_data_ptr()),
+         save_preactivation ? static_cast<T*>(preactivation.mutable_data_ptr()) : nullptr, 1});
+  });
+  return {output, preactivation};
+}
+
+struct Structure {
+  SparseRows rows, transposed;
+  const int32_t* permutation;
+};
+
+template <class T>
+Tensor input_gradient(const Structure& structure, const Tensor& weight, const Samples<T>& gradient,
+                      const Tensor& like) {
+  const Tensor values = kept_values<T>(weight, structure.rows);
+  Tensor ordered = torch::stable::empty_like(values);
+  const auto* source = data<Working<T>>(values);
+  auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
+  const SparseRows& transposed = structure.transposed;
+  for_rows(transposed, [&](int64_t row) {
+    for (int64_t j = transposed.pointers[row]; j < transposed.pointers[row + 1]; ++j) {
+      target[j] = source[structure.permutation[j]];
+    }
+  });
+  Tensor result = torch::stable::new_empty(like, {gradient.count, transposed.rows});
+  run_product<T>({transposed, target, gradient, nullptr, Activation::none,
+                  static_cast<T*>(result.mutable_data_ptr()), nullptr, 1});
+  return result;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Tensor& weight,
+                                           const Samples<T>& gradient, const Tensor& input,
+                                           bool needs_weight, bool needs_bias) {
+  constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
+  const int64_t kept = needs_weight ? structure.pointers[structure.rows] : 0;
+  Tensor values = torch::stable::new_zeros(input, {kept}, working);
+  Tensor bias = torch::stable::new_zeros(input, {needs_bias ? structure.rows : 0}, working);
+  run_weight_gradient<T>(
+      {structure, samples<T>(input), gradient,
+       needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
+       needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr});
+  values = torch::stable::to(values, input.scalar_type());
+  bias = torch::stable::to(bias, input.scalar_type());
+  const bool dense = needs_weight && weight.dim() == 2;
+  return {dense ? scattered<T>(values, structure) : values, bias};
+}
+
+// `saved` is the output for relu and the preactivation for gelu. A gradient that is not needed
+// comes back empty.
+std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
+    Tensor grad_output, Tensor saved, Tensor input, Tensor weight, Tensor row_pointers,
+    Tensor columns, Tensor column_pointers, Tensor column_rows, Tensor permutation,
+    int64_t activation, bool needs_input, bool needs_weight, bool needs_bias) {
+  const SparseRows rows = sparse_rows(row_pointers, columns, input.size(input.dim() - 1));
+  const SparseRows transposed = sparse_rows(column_pointers, column_rows, rows.rows);
+  const int64_t count = input.size(0), kept = columns.numel();
+  check_index(permutation, kept, "permutation");
+  STD_TORCH_CHECK(column_rows.numel() == kept && transposed.rows == rows.width, kOp,
+                  ": the two orders of the pattern do not agree");
+  const ScalarType dtype = input.scalar_type();
+  check_matrix(input, count, rows.width, dtype, "input");
+  check_matrix(grad_output, count, rows.rows, dtype, "grad_output");
+  STD_TORCH_CHECK(weight.scalar_type() == dtype, kOp, ": weight and input differ in dtype");
+  const bool scaled = static_cast<Activation>(activation) != Activation::none;
+  if (scaled) {
+    check_matrix(saved, count, rows.rows, dtype, "saved");
+    STD_TORCH_CHECK(saved.is_contiguous(), kOp, ": expected saved to be contiguous");
+  }
+  Tensor grad_input = torch::stable::new_empty(input, {0});
+  Tensor grad_weight = grad_input, grad_bias = grad_input;
+  dispatch_floating(kOp, dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Samples<T> gradient = samples<T>(grad_output, scaled ? data<T>(saved) : nullptr,
+                                           static_cast<Activation>(activation));
+    if (needs_input) {
+      grad_input = input_gradient<T>({rows, transposed, data<int32_t>(permutation)}, weight,
+                                     gradient, input);
+    }
+    std::tie(grad_weight, grad_bias) =
+        weight_gradient<T>(rows, weight, gradient, input, needs_weight, needs_bias);
+  });
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace tscnc
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
+  m.def(
+      "masked_linear(Tensor input, Tensor weight, Tensor? bias, Tensor row_pointers, Tensor "
+      "columns, "
+      "int activation, bool save_preactivation) -> (Tensor output, Tensor preactivation)");
+  m.def(
+      "masked_linear_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, "
+      "Tensor row_pointers, Tensor columns, Tensor column_pointers, Tensor column_rows, "
+      "Tensor permutation, int activation, bool needs_input, bool needs_weight, bool needs_bias) "
+      "-> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
+  m.impl("masked_linear", TORCH_BOX(&tscnc::masked_linear_cpu));
+  m.impl("masked_linear_backward", TORCH_BOX(&tscnc::masked_linear_backward_cpu));
+}

@@ -1,0 +1,36 @@
+"""What a run shows while it works: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], *, total: int, description: str) -> Iterator[Item]:
+    """Yields `items`, drawing a bar on stderr if it is a terminal and tqdm is installed."""
+    if not (sys.stderr.isatty() and importlib.util.find_spec("tqdm")):
+        yield from items
+        return
+    import tqdm
+
+    yield from tqdm.tqdm(items, total=total, desc=description, leave=False, unit="step")
+
+
+def say(text: str) -> None:
+    """Prints one line of a run's log on stderr, which leaves stdout to results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def epoch_line(record: Mapping[str, Any], total_epochs: int) -> str:
+    """Returns one line for an epoch's record of metrics, whatever named numbers it holds."""
+    head = f"{record['phase']:>8} {record['epoch']}/{total_epochs}"
+    numbers = [
+        f"{name} {value:.4g}"
+        for name, value in record.items()
+        if name not in ("phase", "epoch") and isinstance(value, int | float)
+    ]
+    return "  ".join([head, *numbers])

@@ -1,0 +1,63 @@
+"""The results of one or several runs as a plain-text table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_INFINITE = "inf"
+_ABSENT = "-"
+
+
+def results_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a table with one column per run and one row per measurement.
+
+    Args:
+        runs: the content of each run's `results.json`, by a short name.
+
+    Returns:
+        Lines of equal layout: accuracies, compression, every layer's condition number, time per
+        step, checkpoint size.
+    """
+    rows = [["", *[run["label"] for run in runs.values()]]]
+    columns = [_measurements(run) for run in runs.values()]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows += [[name, *[column.get(name, _ABSENT) for column in columns]] for name in names]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def _measurements(run: Mapping[str, Any]) -> dict[str, str]:
+    accuracy, sparsity = run["accuracy"], run["sparsity"]
+    attack = f"PGD-{accuracy['pgd_steps']} accuracy ({run['threat']} {run['epsilon']:.3g})"
+    cells = {
+        "clean accuracy": f"{100 * accuracy['clean']:.1f} %",
+        attack: f"{100 * accuracy['pgd']:.1f} %",
+        "compression, direct": _compression(sparsity["direct_compression"]),
+        "compression, effective": _compression(sparsity["effective_compression"]),
+    }
+    for layer in run["layers"]:
+        full = _condition(layer["kappa_full"])
+        structural = _condition(layer["kappa_structural"])
+        cells[f"condition of {layer['name']}, full | structural"] = f"{full} | {structural}"
+    timing, size = run.get("seconds_per_step"), run.get("checkpoint_bytes")
+    if timing:
+        dense, ours = 1e3 * timing["dense_masked"], 1e3 * timing["ours"]
+        cells["ms per step, dense masked | ours"] = f"{dense:.2f} | {ours:.2f}"
+        cells["speed-up of a step"] = f"{timing['ratio']:.1f} x"
+    if size:
+        dense, ours = size["dense"] / 1e3, size["ours"] / 1e3
+        cells["checkpoint kB, dense | ours"] = f"{dense:,.0f} | {ours:,.0f}"
+    return cells
+
+
+def _compression(factor: float | None) -> str:
+    return _INFINITE if factor is None else f"{factor:.4g} x"
+
+
+def _condition(kappa: float | None) -> str:
+    return _INFINITE if kappa is None else f"{kappa:.3g}"

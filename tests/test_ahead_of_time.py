@@ -1,0 +1,110 @@
+"""Every GPU kernel, compiled for GPUs that are not here: no spills and the loads that are meant."""
+
+import fcntl
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import compile_report
+
+ROOT = Path(__file__).resolve().parent.parent
+TRITON_FILES = sorted(
+    module.name for module in pkgutil.iter_modules([str(ROOT / "tscnc_kernels/triton")])
+)
+CUDA_FILES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
+
+# Kernels (by source and a pattern of the name) and the instructions that they must contain.
+INSTRUCTIONS = [
+    ("transformed_l1.cu", r"transformed_l1_kernel<float, true, false>", ["LDG.E.128"]),
+    ("transformed_l1.cu", r"transformed_l1_kernel<float, .*, true>", ["LDG.E.128", "STG.E.128"]),
+    ("transformed_l1.cu", r"transformed_l1_kernel<__nv_bfloat16, .*", ["LDG.E.128"]),
+    ("triton/transformed_l1.py", r"transformed_l1_kernel\[.*", ["LDG.E.128"]),
+    ("triton/transformed_l1.py", r".*WITH_GRADIENT.*", ["STG.E.128"]),
+]
+
+
+def compile_all(path: Path) -> None:
+    """Runs the report in a process without the interpreter."""
+    command = [sys.executable, "-m", "benchmarks.compile_report", "--json", str(path)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert path.exists(), f"the report failed:\n{run.stderr}"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `python -m benchmarks.compile_report` finds."""
+    run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.getbasetemp()
+    # The workers of a parallel run share one report: the first one makes it, the others wait.
+    path = folder.parent / f"compile-{run_id}.json" if run_id else folder / "compile.json"
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            compile_all(path)
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def rows_of(report: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    rows = [row for row in report["rows"] if row["source"] == source]
+    if not rows:
+        reasons = [
+            note for note in report["notes"] if source.startswith("triton") == ("triton" in note)
+        ]
+        assert reasons, f"nothing was compiled from {source}"
+        pytest.skip(reasons[0])
+    return rows
+
+
+def test_no_kernel_spills_registers(report: dict[str, Any]) -> None:
+    assert [row for row in report["rows"] if row["spill_bytes"]] == []
+
+
+@pytest.mark.parametrize("source", [f"triton/{name}.py" for name in TRITON_FILES] + CUDA_FILES)
+def test_every_source_is_compiled_for_every_architecture(
+    report: dict[str, Any], source: str
+) -> None:
+    rows = rows_of(report, source)
+    kernels = {row["kernel"] for row in rows}
+    assert {(row["kernel"], row["arch"]) for row in rows} == {
+        (kernel, arch) for kernel in kernels for arch in compile_report.ARCHITECTURES
+    }
+    assert all(0 < row["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.parametrize(("source", "pattern", "instructions"), INSTRUCTIONS)
+def test_kernels_contain_the_instructions_meant(
+    report: dict[str, Any], source: str, pattern: str, instructions: list[str]
+) -> None:
+    if compile_report.find_tool("cuobjdump") is None:
+        pytest.skip("cuobjdump was not found")
+    rows = [row for row in rows_of(report, source) if re.fullmatch(pattern, row["kernel"])]
+    assert rows, f"no kernel of {source} matches {pattern}"
+    for row in rows:
+        for instruction in instructions:
+            found = row["instructions"]
+            assert any(opcode.startswith(instruction) for opcode in found), (row["kernel"], found)
+
+
+def test_spills_in_the_assembler_log_are_counted() -> None:
+    log = """
+ptxas info    : Compiling entry function 'kernel' for 'sm_90a'
+ptxas info    : Function properties for kernel
+    24 bytes stack frame, 20 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 24 bytes cumulative stack size, 64 bytes smem
+"""
+    assert compile_report.parse_ptxas(log) == {
+        ("kernel", 90): compile_report.Usage(
+            registers=255, shared_bytes=64, stack_bytes=24, spill_bytes=36
+        )
+    }

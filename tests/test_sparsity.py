@@ -1,0 +1,186 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from tests.ops.test_masked_linear import MASKS, make_mask
+from tscnc_kernels import SparsityPattern
+from tscnc_kernels.sparsity import remap
+
+# [[1, 0, 1], [0, 0, 0], [0, 1, 1]]
+SMALL = torch.tensor([[True, False, True], [False, False, False], [False, True, True]])
+
+
+def test_hand_worked_index():
+    pattern = SparsityPattern.from_mask(SMALL)
+    assert pattern.shape == (3, 3) and pattern.nnz == 4
+    assert pattern.density == pytest.approx(4 / 9)
+    # Bits 0, 2, 7 of the first byte and bit 0 of the second.
+    assert pattern.bits.tolist() == [1 + 4 + 128, 1]
+    assert pattern.row_pointers.tolist() == [0, 2, 2, 4]
+    assert pattern.columns.tolist() == [0, 2, 1, 2]
+    assert pattern.column_pointers.tolist() == [0, 1, 2, 4]
+    assert pattern.column_rows.tolist() == [0, 2, 0, 2]
+    assert pattern.permutation.tolist() == [0, 2, 1, 3]
+    assert pattern.row_counts.tolist() == [2, 0, 2]
+    assert repr(pattern) == "SparsityPattern(shape=(3, 3), nnz=4, density=0.4444)"
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (64, 64), (63, 131)])
+def test_index_lists_every_kept_entry_in_both_orders(kind, size):
+    mask = make_mask(kind, *size)
+    pattern = SparsityPattern.from_mask(mask)
+    assert torch.equal(pattern.mask, mask)
+    rows, columns = mask.nonzero(as_tuple=True)
+    assert torch.equal(pattern.columns.long(), columns)
+    assert torch.equal(pattern.row_pointers.diff().long(), mask.sum(1))
+    assert torch.equal(pattern.column_pointers.diff().long(), mask.sum(0))
+    order = pattern.permutation.long()
+    assert torch.equal(pattern.column_rows.long(), rows[order])
+    by_column = torch.stack([columns[order], rows[order]], 1)
+    assert torch.equal(by_column, mask.t().nonzero())
+
+
+def test_convolution_mask_keeps_its_shape():
+    mask = torch.rand(6, 3, 3, 3) < 0.3
+    pattern = SparsityPattern.from_mask(mask)
+    weight = torch.randn(6, 3, 3, 3)
+    assert pattern.shape == (6, 3, 3, 3) and pattern.matrix_shape == (6, 27)
+    assert torch.equal(pattern.mask, mask)
+    assert torch.equal(pattern.gather(weight), weight[mask])
+    assert torch.equal(pattern.scatter(weight[mask]), weight * mask)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_gather_and_scatter_are_row_major_and_differentiable(kind):
+    mask = make_mask(kind, 9, 11)
+    pattern = SparsityPattern.from_mask(mask)
+    weight = torch.randn(9, 11, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(pattern.nnz, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(pattern.gather(weight), weight[mask])
+    assert torch.equal(pattern.scatter(values)[mask], values)
+    assert not pattern.scatter(values)[~mask].any()
+    for function, input in ((pattern.gather, weight), (pattern.scatter, values)):
+        if input.numel():
+            assert torch.autograd.gradcheck(function, input)
+            assert torch.autograd.gradgradcheck(lambda t, f=function: f(t).square(), input)
+
+
+def test_gather_takes_any_dtype_and_strides():
+    pattern = SparsityPattern.from_mask(SMALL)
+    steps = torch.arange(9).reshape(3, 3).t()
+    assert pattern.gather(steps).tolist() == [0, 6, 5, 8]
+    assert pattern.scatter(torch.tensor([True] * 4)).tolist() == SMALL.tolist()
+
+
+def test_non_contiguous_mask():
+    mask = make_mask("random", 31, 17)
+    assert torch.equal(SparsityPattern.from_mask(mask.t()).mask, mask.t())
+
+
+def test_true_is_any_non_zero_byte():
+    odd = torch.tensor([[0, 2, 255], [7, 0, 128]], dtype=torch.uint8).view(torch.bool)
+    pattern = SparsityPattern.from_mask(odd)
+    assert pattern.mask.view(torch.uint8).tolist() == [[0, 1, 1], [1, 0, 1]]
+    assert pattern.columns.tolist() == [1, 2, 0, 2]
+
+
+def test_update_maps_kept_dropped_and_grown_entries():
+    pattern = SparsityPattern.from_mask(SMALL)
+    changed = torch.tensor([[True, True, False], [False, False, True], [False, True, True]])
+    new, mapping = pattern.update(changed)
+    assert mapping.tolist() == [0, -1, -1, 2, 3]
+    assert remap(torch.tensor([10.0, 20.0, 30.0, 40.0]), mapping).tolist() == [10, 0, 0, 30, 40]
+    assert torch.equal(new.mask, changed)
+    assert torch.equal(pattern.mask, SMALL), "the old pattern is unchanged"
+
+
+@pytest.mark.parametrize("before", MASKS)
+@pytest.mark.parametrize("after", MASKS)
+def test_update_carries_the_weight(before, after):
+    old, new = make_mask(before, 12, 13), make_mask(after, 12, 13).flip(1)
+    pattern = SparsityPattern.from_mask(old)
+    weight = torch.randn(12, 13)
+    updated, mapping = pattern.update(new)
+    carried = updated.scatter(remap(pattern.gather(weight), mapping))
+    assert torch.equal(carried, weight * old * new)
+
+
+def test_copies_and_pickles_are_equal_and_small():
+    pattern = SparsityPattern.from_mask(make_mask("random", 200, 300))
+    stored = pickle.dumps(pattern)
+    assert pickle.loads(stored) == pattern
+    assert len(stored) < 200 * 300 / 8 + 2000
+    buffer = io.BytesIO()
+    torch.save({"pattern": pattern}, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=False)["pattern"] == pattern
+    assert copy.deepcopy(pattern) == pattern
+    assert len({pattern, copy.copy(pattern)}) == 1
+    assert pattern != SparsityPattern.from_mask(~pattern.mask)
+    assert pattern != SparsityPattern.from_mask(pattern.mask.reshape(300, 200))
+    assert pattern != "pattern"
+
+
+def test_bits_round_trip_whatever_the_padding_holds():
+    pattern = SparsityPattern.from_mask(SMALL)
+    padded = pattern.bits.clone()
+    padded[1] |= 0b11111110
+    assert SparsityPattern.from_bits(padded, (3, 3)) == pattern
+    assert torch.equal(SparsityPattern.from_bits(padded, (3, 3)).bits, pattern.bits)
+
+
+def test_pattern_is_immutable():
+    pattern = SparsityPattern.from_mask(SMALL)
+    with pytest.raises(AttributeError):
+        pattern.shape = (9, 1)
+    assert pattern.to("cpu") is pattern
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(2, 2), TypeError, "torch.bool, got torch.float32"),
+        (torch.ones(2, 2, dtype=torch.uint8), TypeError, "torch.bool, got torch.uint8"),
+        ([[True]], TypeError, "boolean tensor, got list"),
+        (torch.ones(3, dtype=torch.bool), ValueError, r"got shape \(3,\)"),
+        (torch.ones(1, 1, 1, dtype=torch.bool), ValueError, r"got shape \(1, 1, 1\)"),
+        (torch.ones(0, 3, dtype=torch.bool), ValueError, r"one entry, got shape \(0, 3\)"),
+        (torch.ones(2, 2).bool().to_sparse(), ValueError, "got torch.sparse_coo"),
+    ],
+)
+def test_bad_masks_are_named(mask, error, message):
+    with pytest.raises(error, match=message):
+        SparsityPattern.from_mask(mask)
+
+
+def test_wrong_shapes_are_named():
+    pattern = SparsityPattern.from_mask(SMALL)
+    with pytest.raises(ValueError, match=r"\(3, 3\), got \(3, 4\)"):
+        pattern.gather(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"\(4,\), got \(5,\)"):
+        pattern.scatter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"\(3, 3\), got \(9, 1\)"):
+        pattern.update(SMALL.reshape(9, 1))
+    with pytest.raises(ValueError, match=r"2 bytes .* got shape \(3,\)"):
+        SparsityPattern.from_bits(torch.zeros(3, dtype=torch.uint8), (3, 3))
+    with pytest.raises(TypeError, match=r"torch.uint8, got torch.int64"):
+        SparsityPattern.from_bits(torch.zeros(2, dtype=torch.int64), (3, 3))
+
+
+def test_native_ops_have_fakes_and_refuse_what_would_read_out_of_bounds():
+    ops = torch.ops.tscnc_kernels
+    pattern = SparsityPattern.from_mask(SMALL)
+    index = pattern.row_pointers, pattern.columns
+    torch.library.opcheck(ops.sparsity_build.default, (SMALL,))
+    torch.library.opcheck(ops.sparsity_unpack.default, (pattern.bits, 3, 3))
+    torch.library.opcheck(ops.sparsity_mapping.default, (*index, *index))
+    with pytest.raises(RuntimeError, match="sparsity_unpack"):
+        ops.sparsity_unpack(pattern.bits, 30, 3)
+    with pytest.raises(RuntimeError, match="do not agree"):
+        ops.sparsity_mapping(*index, pattern.row_pointers, pattern.columns[:2])
+    with pytest.raises(RuntimeError, match="columns"):
+        ops.masked_linear(torch.zeros(1, 3), torch.zeros(4), None, index[0], index[1][:2], 0, False)

@@ -1,0 +1,117 @@
+"""Transformed l1 of the expected cost of gated weights: the TSC regulariser.
+
+Formula, for output channel o with weights W_o and hard concrete gate log_alpha_o:
+
+    π_o   = P(z_o ≠ 0) = sigmoid(log_alpha_o − β log(−γ/ζ))
+    t_o   = π_o Σ_{w ∈ W_o} (ρ/2 w² + λ)
+    value = Σ_o ρ_a(t_o),   ρ_a(t) = (a + 1) t / (a + t)
+
+t_o is the expected negative log prior of the channel, with prior precision ρ = N · weight decay for
+N training samples.
+
+Source: arXiv 2503.20454 as implemented. The published code passes −t_o, whose value (a + 1) t / (a
+− t) has a pole at t = a and is negative beyond; `repo_compat` gives that.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tscnc_kernels.ops.hard_concrete import hard_concrete_active_probability
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# The published code keeps probabilities this far from 0 and 1.
+_PROBABILITY_MARGIN = 1e-6
+
+
+def _check(
+    weights: Sequence[Tensor], log_alphas: Sequence[Tensor], a: float, rho: float, lambda_: float
+) -> None:
+    for name, tensors in (("weights", weights), ("log_alphas", log_alphas)):
+        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+            raise TypeError(f"expected {name} to be a list, got {type(tensors).__name__}")
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(
+                    f"expected {name}[{index}] to be a float32, float64, bfloat16 or float16 "
+                    f"tensor, got {got}"
+                )
+    if not weights or len(weights) != len(log_alphas):
+        raise ValueError(
+            f"expected as many weights as log_alphas, at least one, "
+            f"got {len(weights)} and {len(log_alphas)}"
+        )
+    for index, (weight, log_alpha) in enumerate(zip(weights, log_alphas, strict=True)):
+        if weight.dim() < 1 or log_alpha.shape != weight.shape[:1]:
+            raise ValueError(
+                f"expected log_alphas[{index}] of shape {tuple(weight.shape[:1])} "
+                f"for a weight of shape {tuple(weight.shape)}, got {tuple(log_alpha.shape)}"
+            )
+    if not 0 < a < math.inf:
+        raise ValueError(f"expected a finite a > 0, got {a}")
+    if not 0 <= rho < math.inf:
+        raise ValueError(f"expected a finite rho >= 0, got {rho}")
+    if not 0 <= lambda_ < math.inf:
+        raise ValueError(f"expected a finite lambda_ >= 0, got {lambda_}")
+
+
+def gated_transformed_l1(
+    weights: Sequence[Tensor],
+    log_alphas: Sequence[Tensor],
+    *,
+    a: float = 100.0,
+    rho: float,
+    lambda_: float = 1e-3,
+    repo_compat: bool = False,
+    beta: float = 2 / 3,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+) -> Tensor:
+    """Sum over all gates of ρ_a(t_o), t_o the expected cost of the weights behind gate o.
+
+    t_o = P(z_o ≠ 0) Σ (ρ/2 w² + λ), ρ_a(t) = (a + 1) t / (a + t).
+
+    Args:
+        weights: list of (out, …) floating tensors; a gate closes one slice of the first dimension.
+            For gates on the input units of a linear layer pass weight.mT.
+        log_alphas: list of (out,) gate parameters, one tensor per weight.
+        a: shape parameter of the transformed l1, finite and > 0.
+        rho: prior precision, finite and >= 0.
+        lambda_: prior cost of an active weight, finite and >= 0.
+        repo_compat: the published value (a + 1) t / (a − t), with P clamped to [1e-6, 1 − 1e-6].
+        beta: temperature of the gates, > 0.
+        gamma: lower end of their stretched range, < 0.
+        zeta: upper end, > 1.
+
+    Returns:
+        0-d tensor, float32 (float64 if any tensor is). The published loss divides it by N.
+
+    Raises:
+        ValueError: lists of different or zero length, gates that do not fit a weight, constants out
+            of range.
+        TypeError: not lists of floating tensors.
+
+    Autograd: any order. Autocast does not change the dtype.
+
+    Source: arXiv 2503.20454 as implemented.
+    """
+    _check(weights, log_alphas, a, rho, lambda_)
+    exact = any(tensor.dtype == torch.float64 for tensor in (*weights, *log_alphas))
+    dtype = torch.float64 if exact else torch.float32
+    sign = -1 if repo_compat else 1
+    total = torch.zeros((), dtype=dtype, device=weights[0].device)
+    for weight, log_alpha in zip(weights, log_alphas, strict=True):
+        active = hard_concrete_active_probability(
+            log_alpha.to(dtype), beta=beta, gamma=gamma, zeta=zeta
+        )
+        if repo_compat:
+            active = active.clamp(_PROBABILITY_MARGIN, 1 - _PROBABILITY_MARGIN)
+        width = math.prod(weight.shape[1:])
+        squares = weight.to(dtype).reshape(weight.shape[0], width).square().sum(1)
+        t = active * (rho / 2 * squares + lambda_ * width)
+        total = total + ((a + 1) * t / (a + sign * t)).sum()
+    return total

@@ -1,0 +1,398 @@
+"""Linear layer with a sparse mask on its weight, computed on the kept entries only.
+
+Formula, with M the pattern's mask, ∘ the element-wise product and act none, relu or gelu:
+
+    Z  = X (W ∘ M)ᵀ + b,   Y = act(Z)
+    G  = dY ∘ act'(Z)
+    dX = G (W ∘ M),   dW = (Gᵀ X) ∘ M,   db = Σ over the batch of G
+
+Shapes: X (..., K), W (N, K) or its kept values (nnz,), b (N,), Y (..., N). The derivative of relu
+at 0 is 0; gelu is the exact one, z Φ(z).
+
+Algorithms of the native backend: "panel" transposes groups of samples into panels and runs over
+the kept entries once per panel, in registers (csrc/cpu/panel.h); the forward product, dX with the
+transposed index and dW at the kept entries all work so. "dense" is torch's GEMM on W ∘ M. The
+other backends have only "dense".
+
+Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with
+separate passes for dX and dW. Deviations: none in the formula; reductions are ordered, so that
+results do not depend on threads.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tscnc_kernels import _backend
+from tscnc_kernels._autocast import autocast
+from tscnc_kernels._vmap import register_loop_vmap
+from tscnc_kernels.sparsity import SparsityPattern
+
+# Native first: benchmarks/results/*/masked_linear.csv.
+BACKENDS = ("native", "reference")
+_backend.register("masked_linear", BACKENDS)
+
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+ALGORITHMS = ("panel", "dense")
+# Above this density torch's GEMM is expected to win over a training step: without cache blocking
+# the panel kernel reaches about a third of the GEMM's rate (rows of
+# benchmarks/results/*/masked_linear.csv).
+PANEL_DENSITY = 0.35
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None,
+    activation: str,
+    dense_grad: bool,
+    algorithm: str | None,
+) -> None:
+    if not isinstance(pattern, SparsityPattern):
+        raise TypeError(f"expected pattern to be a SparsityPattern, got {type(pattern).__name__}")
+    if len(pattern.shape) != 2:
+        raise ValueError(f"expected a pattern of shape (N, K), got {pattern.shape}")
+    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"expected {name} of dtype float32, float64, bfloat16 or float16, "
+                f"got {tensor.dtype}"
+            )
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"expected a strided {name}, got {tensor.layout}")
+        if tensor.device != pattern.device:
+            raise ValueError(
+                f"expected {name} on the pattern's device {pattern.device}, got {tensor.device}"
+            )
+    rows, width = pattern.shape
+    if input.ndim == 0 or input.shape[-1] != width:
+        raise ValueError(f"expected input of shape (..., {width}), got {tuple(input.shape)}")
+    if tuple(weight.shape) not in ((rows, width), (pattern.nnz,)):
+        raise ValueError(
+            f"expected weight of shape ({rows}, {width}) or values of shape ({pattern.nnz},), "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"expected bias of shape ({rows},), got {tuple(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"expected algorithm to be None or one of {', '.join(ALGORITHMS)}, got {algorithm!r}"
+        )
+    if dense_grad and weight.ndim == 1:
+        raise ValueError(
+            f"dense_grad=True needs a dense weight of shape ({rows}, {width}), got values of shape "
+            f"{tuple(weight.shape)}"
+        )
+
+
+class _KeepGradient(torch.autograd.Function):
+    """W ∘ M whose gradient passes the mask unchanged."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return weight.where(mask, weight.new_zeros(()))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        return grad_output, None
+
+
+def _masked_weight(weight: Tensor, pattern: SparsityPattern, dense_grad: bool = False) -> Tensor:
+    """W ∘ M, zero off the mask even where W is not finite."""
+    if weight.ndim == 1:
+        return pattern.scatter(weight)
+    if dense_grad:
+        return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return,no-untyped-call]
+    return weight.where(pattern.mask, weight.new_zeros(()))
+
+
+def _activate(z: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return F.relu(z)
+    return F.gelu(z) if activation == "gelu" else z
+
+
+def _activation_gradient(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
+    """DY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
+    if activation == "relu":
+        return grad_output * (saved > 0)
+    if activation == "gelu":
+        distribution = 0.5 * (1 + torch.erf(saved * 0.5**0.5))
+        density = torch.exp(-0.5 * saved * saved) * (2 * torch.pi) ** -0.5
+        return grad_output * (distribution + saved * density)
+    return grad_output
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    *,
+    dense_grad: bool = False,
+) -> Tensor:
+    """Plain torch, differentiable to any order."""
+    return _activate(F.linear(input, _masked_weight(weight, pattern, dense_grad), bias), activation)
+
+
+def reference_backward(
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    activation: str = "none",
+    dense_grad: bool = False,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> Gradients:
+    """Gradients of `reference` for a 2-d input, themselves differentiable.
+
+    Args:
+        grad_output: (B, N).
+        saved: (B, N), Z; needed only with an activation.
+        input: (B, K).
+        weight: (N, K) or (nnz,).
+        pattern: the mask.
+        activation: as for `reference`.
+        dense_grad: as for `reference`.
+        needs: which of the three gradients to compute.
+
+    Returns:
+        Gradients of input, weight and bias; None where not needed.
+    """
+    gradient = _activation_gradient(grad_output, saved, activation)
+    grad_input = gradient @ _masked_weight(weight, pattern, dense_grad) if needs[0] else None
+    grad_weight = gradient.t() @ input if needs[1] else None
+    if grad_weight is not None and weight.ndim == 1:
+        grad_weight = pattern.gather(grad_weight)
+    elif grad_weight is not None and not dense_grad:
+        grad_weight = grad_weight.where(pattern.mask, grad_weight.new_zeros(()))
+    return grad_input, grad_weight, gradient.sum(0) if needs[2] else None
+
+
+@torch.library.register_fake("tscnc_kernels::masked_linear")
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_pointers: Tensor,
+    columns: Tensor,
+    activation: int,
+    save_preactivation: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, rows = input.shape[0], row_pointers.shape[0] - 1
+    saved = input.new_empty((batch if save_preactivation else 0, rows))
+    return input.new_empty((batch, rows)), saved
+
+
+@torch.library.register_fake("tscnc_kernels::masked_linear_backward")
+def _(
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    row_pointers: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_input, needs_weight, needs_bias = rest[-3:]
+    return (
+        input.new_empty(input.shape if needs_input else (0,)),
+        input.new_empty(weight.shape if needs_weight else (0,)),
+        input.new_empty((row_pointers.shape[0] - 1 if needs_bias else 0,)),
+    )
+
+
+_native = torch.ops.tscnc_kernels
+for _name in ("masked_linear", "masked_linear_backward"):
+    register_loop_vmap(_name, getattr(_native, _name))
+
+
+class _Options(NamedTuple):
+    shape: tuple[int, ...]
+    activation: str
+    dense_grad: bool
+    assume_masked: bool
+    algorithm: str
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: SparsityPattern,
+    options: _Options,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
+    save = save and options.activation == "gelu"
+    if options.algorithm == "panel":
+        index = pattern.row_pointers, pattern.columns
+        return _native.masked_linear(  # type: ignore[no-any-return]
+            input, weight, bias, *index, ACTIVATIONS[options.activation], save
+        )
+    held = options.assume_masked and weight.ndim == 2
+    z = F.linear(input, weight if held else _masked_weight(weight, pattern), bias)
+    return _activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
+
+
+def _backward(
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    options: _Options,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """First derivatives; `saved` is Y for relu and Z for gelu."""
+    activation, dense_grad = options.activation, options.dense_grad
+    if options.algorithm != "panel":
+        return reference_backward(
+            grad_output, saved, input, weight, pattern, activation, dense_grad, needs
+        )
+    index, code = pattern.tensors[1:], ACTIVATIONS[activation]
+    wanted = needs[0], needs[1] and not dense_grad, needs[2]
+    found = _native.masked_linear_backward(grad_output, saved, input, weight, *index, code, *wanted)
+    grad_input, grad_weight, grad_bias = (
+        g if n else None for g, n in zip(found, needs, strict=True)
+    )
+    if needs[1] and dense_grad:
+        grad_weight = _activation_gradient(grad_output, saved, activation).t() @ input
+    return grad_input, grad_weight, grad_bias
+
+
+class MaskedLinearFunction(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
+        pattern = SparsityPattern(options.shape, *index)
+        return _forward(input, weight, bias, pattern, options, save=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        input, weight, bias, ctx.options, *index = inputs
+        result, preactivation = output
+        ctx.mark_non_differentiable(preactivation)
+        saved = result if ctx.options.activation == "relu" else preactivation
+        ctx.save_for_backward(saved, input, weight, bias, *index)
+
+    @staticmethod
+    def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
+        saved, input, weight, bias, *index = ctx.saved_tensors
+        options, needs = ctx.options, ctx.needs_input_grad[:3]
+        pattern = SparsityPattern(options.shape, *index)
+        if torch.is_grad_enabled():
+            activation, dense_grad = options.activation, options.dense_grad
+            z = F.linear(input, _masked_weight(weight, pattern, dense_grad), bias)
+            gradients = reference_backward(
+                grad_output, z, input, weight, pattern, activation, dense_grad, needs
+            )
+        else:
+            gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
+        return *gradients, None, *(None for _ in index)
+
+
+def choose_algorithm(pattern: SparsityPattern, backend: str, algorithm: str | None = None) -> str:
+    """The algorithm that `masked_linear` runs: the one asked for, else by a closed-form rule.
+
+    The rule is "panel" where the native backend runs and the density is at most `PANEL_DENSITY`,
+    else "dense".
+
+    Raises:
+        RuntimeError: "panel" was asked for on a backend without it.
+    """
+    if algorithm == "panel" and backend != "native":
+        raise RuntimeError(
+            f"masked_linear: algorithm 'panel' needs the native backend, got {backend!r} "
+            f"on {pattern.device}"
+        )
+    if algorithm is not None:
+        return algorithm
+    return "panel" if backend == "native" and pattern.density <= PANEL_DENSITY else "dense"
+
+
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    *,
+    dense_grad: bool = False,
+    assume_masked: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> Tensor:
+    """Linear layer act(x (W ∘ M)ᵀ + b) that reads and writes only the kept entries of W.
+
+    Args:
+        input: (..., K) tensor of dtype float32, float64, bfloat16 or float16, any strides. Half
+            types are summed in float32.
+        weight: (N, K) tensor of the input's dtype, any strides, whatever it holds off the mask; or
+            the kept values (nnz,) in row-major order, weight[mask].
+        pattern: the mask M of shape (N, K), on the input's device.
+        bias: (N,) tensor of the input's dtype, or None.
+        activation: "none", "relu" or "gelu" (the exact one).
+        dense_grad: give a dense weight's gradient off the mask too, as for pruning scores and
+            regrowth.
+        assume_masked: promise that a dense weight is zero off the mask, so that the dense
+            algorithm need not mask it.
+        backend: "native" or "reference"; None chooses.
+        algorithm: "panel" (native, on the kept entries), "dense" (torch's GEMM on W ∘ M); None
+            chooses by density, see `choose_algorithm`.
+
+    Returns:
+        (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
+        zero off the mask (unless dense_grad); that of values has shape (nnz,).
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on several devices, an unknown activation or
+            algorithm, or dense_grad with values.
+        TypeError: a dtype that is not supported or differs from the input's; pattern is not a
+            SparsityPattern.
+        RuntimeError: the backend or the algorithm cannot run here.
+
+    Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
+        are cast as for
+    F.linear. Determinism: the panel algorithm gives the same bits every run and for any number of
+    threads.
+    """
+    input, weight, bias = (autocast(tensor) for tensor in (input, weight, bias))
+    _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
+    chosen = _backend.select("masked_linear", input.device, backend)
+    algorithm = choose_algorithm(pattern, chosen, algorithm)
+    options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithm)
+    flat = input.reshape(-1, pattern.shape[1])
+    bias = None if bias is None else bias.contiguous()
+    tensors = [flat, weight] if bias is None else [flat, weight, bias]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
+            flat, weight, bias, options, *pattern.tensors
+        )
+    else:
+        output, _ = _forward(flat, weight, bias, pattern, options, save=False)
+    return output.reshape(*input.shape[:-1], pattern.shape[0])  # type: ignore[no-any-return]

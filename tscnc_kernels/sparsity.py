@@ -1,0 +1,291 @@
+"""SparsityPattern: which entries of a weight are kept, in the form that the kernels read.
+
+The canonical form is the mask as packed bits. Everything else is an index built from it once per
+mask: the kept entries row by row, and column by column for the transposed product with a
+permutation from one order to the other. A weight of more than two dimensions is indexed as the
+matrix (shape[0], product of the rest).
+
+Letters: N rows, K columns, nnz kept entries.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tscnc_kernels import _build as _build  # loads the library that registers the native ops
+
+_native = torch.ops.tscnc_kernels
+
+
+def _check_mask(mask: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"expected mask to be a boolean tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"expected mask of dtype torch.bool, got {mask.dtype}")
+    if mask.layout != torch.strided:
+        raise ValueError(f"expected a strided mask, got {mask.layout}")
+    _check_shape(mask.shape)
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if len(shape) not in (2, 4):
+        raise ValueError(
+            f"expected a mask of 2 dimensions (linear) or 4 (convolution), got shape {tuple(shape)}"
+        )
+    if math.prod(shape) == 0:
+        raise ValueError(f"expected a mask with at least one entry, got shape {tuple(shape)}")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparsityPattern:
+    """The kept entries of a weight: an immutable mask with its index.
+
+    Build it with `SparsityPattern.from_mask(mask)`. A changed mask is a new pattern (`update`),
+    because a pattern that changed between forward and backward would corrupt gradients silently.
+    Copies share the tensors, which must not be written to. Two patterns are equal when their
+    shapes and masks are.
+
+    Attributes:
+        shape: shape of the mask and of the dense weight.
+        bits: (⌈numel / 8⌉,) uint8, the mask in row-major order, entry i in bit i % 8 of byte i //
+            8.
+        row_pointers: (N + 1,) int32; row n holds the kept entries row_pointers[n] to
+            row_pointers[n + 1] - 1.
+        columns: (nnz,) int32, the column of each kept entry in row-major order.
+        column_pointers: (K + 1,) int32, as row_pointers for the entries in column-major order.
+        column_rows: (nnz,) int32, the row of each kept entry in column-major order.
+        permutation: (nnz,) int32, the row-major place of each kept entry in column-major order.
+    """
+
+    shape: tuple[int, ...]
+    bits: Tensor
+    row_pointers: Tensor
+    columns: Tensor
+    column_pointers: Tensor
+    column_rows: Tensor
+    permutation: Tensor
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "SparsityPattern":
+        """The pattern that keeps the entries where `mask` is true.
+
+        Args:
+            mask: (N, K) bool tensor, or (out, in / groups, kh, kw) for a convolution. Rows,
+                columns or all entries may be pruned.
+
+        Returns:
+            The pattern, on the mask's device.
+
+        Raises:
+            TypeError: the mask is not a boolean tensor.
+            ValueError: not 2 or 4 dimensions, or no entries.
+        """
+        _check_mask(mask)
+        matrix = mask.detach().reshape(mask.shape[0], -1).contiguous().cpu()
+        index = _native.sparsity_build(matrix)
+        return cls(tuple(mask.shape), *(tensor.to(mask.device) for tensor in index))
+
+    @classmethod
+    def from_bits(cls, bits: Tensor, shape: Sequence[int]) -> "SparsityPattern":
+        """The pattern of a packed mask, as stored in a `state_dict`.
+
+        Args:
+            bits: (⌈numel / 8⌉,) uint8 tensor, see the attribute `bits`.
+            shape: shape of the mask.
+
+        Returns:
+            The pattern, on the device of `bits`.
+
+        Raises:
+            TypeError: bits are not uint8.
+            ValueError: the number of bytes does not fit the shape.
+        """
+        _check_shape(shape)
+        if bits.dtype != torch.uint8:
+            raise TypeError(f"expected mask bits of dtype torch.uint8, got {bits.dtype}")
+        size = -(-math.prod(shape) // 8)
+        if bits.shape != (size,):
+            raise ValueError(
+                f"expected {size} bytes of mask bits for shape {tuple(shape)}, "
+                f"got shape {tuple(bits.shape)}"
+            )
+        return cls.from_mask(_unpack(bits, tuple(shape)))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(N, K) of the indexed matrix."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def nnz(self) -> int:
+        """Number of kept entries."""
+        return self.columns.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that are kept, in [0, 1]."""
+        return self.nnz / math.prod(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index is."""
+        return self.bits.device
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool tensor of `shape`, unpacked anew on every call."""
+        return _unpack(self.bits, self.shape)
+
+    @property
+    def row_counts(self) -> Tensor:
+        """(N,) int32, kept entries per row."""
+        return self.row_pointers.diff()
+
+    def gather(self, weight: Tensor) -> Tensor:
+        """The kept entries weight[mask], differentiable.
+
+        Args:
+            weight: tensor of `shape`, any dtype.
+
+        Returns:
+            (nnz,) values in row-major order.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"expected weight of shape {self.shape}, got {tuple(weight.shape)}")
+        return weight.reshape(-1).gather(0, self._positions())
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """The dense weight that holds `values` at the kept entries and zero elsewhere,
+        differentiable.
+
+        Args:
+            values: (nnz,) tensor in row-major order, any dtype.
+
+        Returns:
+            Tensor of `shape`.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if tuple(values.shape) != (self.nnz,):
+            raise ValueError(f"expected values of shape ({self.nnz},), got {tuple(values.shape)}")
+        flat = values.new_zeros(math.prod(self.shape))
+        return flat.scatter(0, self._positions(), values).reshape(self.shape)
+
+    def update(self, mask: Tensor) -> tuple["SparsityPattern", Tensor]:
+        """The pattern of a changed mask, and where its values come from.
+
+        Args:
+            mask: bool tensor of `shape`.
+
+        Returns:
+            The new pattern, and the mapping: (new nnz,) int64, for each kept entry of the new
+            pattern its index among this pattern's values, or -1 where the entry was pruned before.
+            `remap(values, mapping)` applies it.
+
+        Raises:
+            TypeError: the mask is not a boolean tensor.
+            ValueError: another shape.
+        """
+        _check_mask(mask)
+        if tuple(mask.shape) != self.shape:
+            raise ValueError(f"expected mask of shape {self.shape}, got {tuple(mask.shape)}")
+        pattern = SparsityPattern.from_mask(mask.to(self.device))
+        indices = self.row_pointers, self.columns, pattern.row_pointers, pattern.columns
+        mapping = _native.sparsity_mapping(*(index.cpu() for index in indices))
+        return pattern, mapping.to(self.device)
+
+    def to(self, device: torch.device | str) -> "SparsityPattern":
+        """The pattern on a device; itself if it is there already."""
+        if self.bits.device == torch.empty(0, device=device).device:
+            return self
+        return SparsityPattern(self.shape, *(tensor.to(device) for tensor in self.tensors))
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All tensors, in the order of the constructor."""
+        return (
+            self.bits,
+            self.row_pointers,
+            self.columns,
+            self.column_pointers,
+            self.column_rows,
+            self.permutation,
+        )
+
+    def _positions(self) -> Tensor:
+        """(nnz,) int64, the kept entries' places in the flattened weight."""
+        rows, width = self.matrix_shape
+        starts = torch.arange(rows, device=self.device) * width
+        counts = self.row_counts.long()
+        return starts.repeat_interleave(counts, output_size=self.nnz) + self.columns
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparsityPattern):
+            return NotImplemented
+        return self.shape == other.shape and torch.equal(self.bits.cpu(), other.bits.cpu())
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.nnz))
+
+    def __repr__(self) -> str:
+        return f"SparsityPattern(shape={self.shape}, nnz={self.nnz}, density={self.density:.4g})"
+
+    def __copy__(self) -> "SparsityPattern":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparsityPattern":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SparsityPattern.from_bits, (self.bits, self.shape)
+
+
+def remap(values: Tensor, mapping: Tensor) -> Tensor:
+    """Carry values over to a changed pattern: values[mapping], and zero where the mapping is -1.
+
+    Args:
+        values: (nnz,) tensor of the old pattern, any dtype.
+        mapping: (new nnz,) int64 from `SparsityPattern.update`.
+
+    Returns:
+        (new nnz,) tensor of the new pattern.
+    """
+    return torch.cat([values, values.new_zeros(1)])[mapping]
+
+
+def _unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    rows, width = shape[0], math.prod(shape[1:])
+    if bits.device.type == "cpu":
+        mask: Tensor = _native.sparsity_unpack(bits.contiguous(), rows, width)
+        return mask.reshape(shape)
+    spread = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (spread & 1).bool().flatten()[: rows * width].reshape(shape)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_build")
+def _(mask: Tensor) -> tuple[Tensor, ...]:
+    rows, width = mask.shape
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    bits = mask.new_empty(((rows * width + 7) // 8,), dtype=torch.uint8)
+    sizes = (rows + 1, nnz, width + 1, nnz, nnz)
+    return bits, *(mask.new_empty((size,), dtype=torch.int32) for size in sizes)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_unpack")
+def _(bits: Tensor, rows: int, width: int) -> Tensor:
+    return bits.new_empty((rows, width), dtype=torch.bool)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_mapping")
+def _(
+    old_pointers: Tensor, old_columns: Tensor, new_pointers: Tensor, new_columns: Tensor
+) -> Tensor:
+    return new_columns.new_empty(new_columns.shape, dtype=torch.int64)
