@@ -1,7 +1,4 @@
 import math
-import sys
-import types
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -246,30 +243,3 @@ PATTERN = SparsityPattern.from_mask(torch.ones(2, 3, dtype=torch.bool))
 def test_bad_input_is_named(matrices, kwargs, error, message):
     with pytest.raises(error, match=message):
         condition_number_penalty(matrices, **kwargs)
-
-
-class StandIn(NamedTuple):
-    sigma_max: torch.Tensor
-    sigma_min: torch.Tensor
-
-
-@pytest.fixture(autouse=True)
-def singular_values_by_torch(monkeypatch):
-    def extreme_singular_values(matrices, patterns=None, state=None, *, rank="full"):
-        largest, smallest = [], []
-        for index, matrix in enumerate(matrices):
-            r = min(matrix.shape)
-            if patterns is not None and patterns[index] is not None:
-                mask = patterns[index].mask.reshape(matrix.shape)
-                matrix = torch.where(mask, matrix, 0)
-                r = int(torch.linalg.matrix_rank(matrix.detach()))
-            finite = matrix.isfinite().all()
-            sigma = torch.linalg.svdvals(torch.where(finite, matrix, 0))
-            sigma = torch.where(finite, sigma, math.nan)
-            largest.append(sigma[0])
-            smallest.append(sigma[r - 1] if r > 0 else 0 * sigma[0])
-        return StandIn(torch.stack(largest), torch.stack(smallest))
-
-    module = types.ModuleType("tscnc_kernels.ops.extreme_singular_values")
-    module.extreme_singular_values = extreme_singular_values
-    monkeypatch.setitem(sys.modules, module.__name__, module)
