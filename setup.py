@@ -26,16 +26,16 @@ ROOT = Path(__file__).resolve().parent
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 TORCH_TARGET_VERSION = "0x020b000000000000"  # stable ABI of torch 2.11
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
-ISA_FLAGS = {"portable": []}
 WIDE = "wide"
+ISA_FLAGS = {"portable": []}
 if platform.machine() in {"x86_64", "AMD64"}:
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
+    avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     # AVX-512's vector length from AVX2 instructions: only in development builds, for the tests.
-    ISA_FLAGS[WIDE] = [*ISA_FLAGS["avx2"], "-DTSCNC_WIDE_VECTORS"]
-    ISA_FLAGS["avx512"] = [
-        *ISA_FLAGS["avx2"],
-        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
-    ]
+    ISA_FLAGS[WIDE] = [*avx2, "-DTSCNC_WIDE_VECTORS", "-Wno-psabi"]
+    ISA_FLAGS["avx2"] = avx2
+    ISA_FLAGS["avx512"] = [*avx2, *avx512]
+
 
 
 def source_digest() -> str:
@@ -101,9 +101,9 @@ class NinjaBuild(build_ext):
         self.build_dir.mkdir(parents=True, exist_ok=True)
         self.nvcc = find_nvcc()
         archs = cuda_architectures() if self.nvcc else []
-        print(
-            f"tscnc_kernels: CPU {' '.join(ISA_FLAGS)}; CUDA {' '.join(archs) or 'none (no nvcc)'}"
-        )
+        self.isas = [isa for isa in ISA_FLAGS if self.inplace or isa != WIDE]
+        cuda = " ".join(archs) or "none (no nvcc)"
+        print(f"tscnc_kernels: CPU {' '.join(self.isas)}; CUDA {cuda}")
         self.write_config(archs)
         with open(self.build_dir / "build.ninja", "w") as file:
             self.write_rules(Writer(file, width=1000), archs)
