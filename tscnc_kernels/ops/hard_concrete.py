@@ -222,7 +222,7 @@ def hard_concrete(
     _check(log_alpha, uniform, beta, gamma, zeta)
     chosen = _backend.select("hard_concrete", log_alpha.device, backend)
     log_alpha = log_alpha.contiguous()
-    noise = None if uniform is None else uniform.detach().contiguous()
+    noise = None if uniform is None else uniform.contiguous()
     if torch.is_grad_enabled() and log_alpha.requires_grad:
         return HardConcreteFunction.apply(  # type: ignore[no-untyped-call]
             log_alpha, noise, beta, gamma, zeta, chosen
