@@ -206,6 +206,19 @@ def test_compiles_to_one_graph(form):
     torch.testing.assert_close(compiled(matrices, form=form), expected)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_vmap_of_grad_is_the_gradient_of_each(form):
+    batch = torch.randn(3, 5, 4, dtype=torch.float64)
+
+    def penalty(weight):
+        return condition_number_penalty([weight], form=form)
+
+    mapped = torch.func.vmap(torch.func.grad(penalty))(batch)
+    for weight, gradient in zip(batch, mapped, strict=True):
+        leaf = weight.clone().requires_grad_()
+        check_close(gradient, torch.autograd.grad(penalty(leaf), leaf)[0], 1e-9, "gradient")
+
+
 def test_gradient_descent_lowers_the_condition_number():
     for form in FORMS:
         matrix = with_singular_values(4.0, 2.0, 1.0, 0.25).requires_grad_()
