@@ -26,13 +26,16 @@ ROOT = Path(__file__).resolve().parent
 SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 TORCH_TARGET_VERSION = "0x020b000000000000"  # stable ABI of torch 2.11
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
+WIDE = "wide"
 ISA_FLAGS = {"portable": []}
 if platform.machine() in {"x86_64", "AMD64"}:
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
-    ISA_FLAGS["avx512"] = [
-        *ISA_FLAGS["avx2"],
-        *["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
-    ]
+    avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    # AVX-512's vector length from AVX2 instructions: only in development builds, for the tests.
+    ISA_FLAGS[WIDE] = [*avx2, "-DTSCNC_WIDE_VECTORS", "-Wno-psabi"]
+    ISA_FLAGS["avx2"] = avx2
+    ISA_FLAGS["avx512"] = [*avx2, *avx512]
+
 
 
 def source_digest() -> str:
@@ -93,13 +96,14 @@ class NinjaBuild(build_ext):
         from ninja.ninja_syntax import Writer
 
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        self.build_dir = ROOT / "build" / f"native-{tag}"
+        kind = "develop" if self.inplace else "release"
+        self.build_dir = ROOT / "build" / f"native-{kind}-{tag}"
         self.build_dir.mkdir(parents=True, exist_ok=True)
         self.nvcc = find_nvcc()
         archs = cuda_architectures() if self.nvcc else []
-        print(
-            f"tscnc_kernels: CPU {' '.join(ISA_FLAGS)}; CUDA {' '.join(archs) or 'none (no nvcc)'}"
-        )
+        self.isas = [isa for isa in ISA_FLAGS if self.inplace or isa != WIDE]
+        cuda = " ".join(archs) or "none (no nvcc)"
+        print(f"tscnc_kernels: CPU {' '.join(self.isas)}; CUDA {cuda}")
         self.write_config(archs)
         with open(self.build_dir / "build.ninja", "w") as file:
             self.write_rules(Writer(file, width=1000), archs)
@@ -114,7 +118,7 @@ class NinjaBuild(build_ext):
         values = {
             "TSCNC_VERSION": self.distribution.get_version(),
             "TSCNC_SOURCE_DIGEST": source_digest(),
-            "TSCNC_CPU_ISAS": " ".join(ISA_FLAGS),
+            "TSCNC_CPU_ISAS": " ".join(self.isas),
             "TSCNC_CUDA_ARCHS": " ".join(archs),
         }
         text = "".join(f'#define {name} "{value}"\n' for name, value in values.items())
@@ -138,6 +142,8 @@ class NinjaBuild(build_ext):
         common += ["-Wno-maybe-uninitialized"]
         # No kernel reads errno or traps; without these flags gcc leaves comparisons scalar.
         common += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+        if WIDE in self.isas:
+            common += ["-DTSCNC_WITH_WIDE"]
         host = [*common, *includes, *torch_includes]
         host.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
         if self.nvcc:
@@ -161,10 +167,9 @@ class NinjaBuild(build_ext):
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
             compile_file("cxx", source, "", host)
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            for isa, flags in ISA_FLAGS.items():
-                compile_file(
-                    "cxx", source, f".{isa}", [*common, *includes, *flags, f"-DTSCNC_ISA={isa}"]
-                )
+            for isa in self.isas:
+                flags = [*common, *includes, *ISA_FLAGS[isa], f"-DTSCNC_ISA={isa}"]
+                compile_file("cxx", source, f".{isa}", flags)
         if self.nvcc:
             self.write_cuda_rule(ninja, archs)
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):

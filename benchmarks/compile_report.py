@@ -52,6 +52,20 @@ class Usage:
     spill_bytes: int = 0
 
 
+def row(source: str, kernel: str, arch: int, usage: Usage, instructions: tuple[str, ...]) -> Row:
+    """What the log and the listing say together."""
+    return Row(
+        source=source,
+        kernel=kernel,
+        arch=arch,
+        registers=usage.registers,
+        shared_bytes=usage.shared_bytes,
+        stack_bytes=usage.stack_bytes,
+        spill_bytes=usage.spill_bytes,
+        instructions=instructions,
+    )
+
+
 def parse_ptxas(log: str) -> dict[tuple[str, int], Usage]:
     """Usage by (mangled kernel name, architecture) from the log of `ptxas -v`."""
     usages: dict[tuple[str, int], Usage] = {}
@@ -133,8 +147,7 @@ def cuda_rows(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> It
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
     usages, opcodes = parse_ptxas(run.stderr), sass(fatbin)
     for (name, arch), kernel in zip(usages, demangle([name for name, _ in usages]), strict=True):
-        usage = dataclasses.astuple(usages[name, arch])
-        yield Row(source.name, kernel, arch, *usage, opcodes.get((name, arch), ()))
+        yield row(source.name, kernel, arch, usages[name, arch], opcodes.get((name, arch), ()))
 
 
 def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterator[Row]:
@@ -143,7 +156,7 @@ def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterato
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    ptxas = find_tool("ptxas")
+    ptxas = find_tool("ptxas") or "ptxas"
     module = importlib.import_module(f"tscnc_kernels.triton.{module_name}")
     for variant in module.VARIANTS:
         names = variant.kernel.arg_names
@@ -167,8 +180,7 @@ def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterato
             (usage,) = parse_ptxas(run.stderr).values()
             usage.shared_bytes = max(usage.shared_bytes, kernel.metadata.shared)
             (opcodes,) = sass(cubin).values() or ((),)
-            values = dataclasses.astuple(usage)
-            yield Row(f"triton/{module_name}.py", variant.name, arch, *values, opcodes)
+            yield row(f"triton/{module_name}.py", variant.name, arch, usage, opcodes)
 
 
 def collect(archs: Sequence[int] = ARCHITECTURES) -> tuple[list[Row], list[str]]:
@@ -218,8 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         temporary.write_text(json.dumps(content, indent=1))
         os.replace(temporary, options.json)
     spilling = sorted({row.kernel for row in rows if row.spill_bytes})
-    if spilling:
-        print("kernels that spill registers:", *spilling, sep="\n")
+    print(f"{len(rows)} builds, {len(spilling)} kernels spill registers", *spilling)
     return 1 if spilling else 0
 
 

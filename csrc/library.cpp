@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <sstream>
@@ -35,18 +36,23 @@ Isa best_isa() {
   return Isa::portable;
 }
 
-const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+const char* const kIsaNames[] = {"portable", "wide", "avx2", "avx512"};
+
+const char* name_of(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
+
+bool runs_here(Isa isa) { return isa == Isa::wide ? best_isa() >= Isa::avx2 : isa <= best_isa(); }
 
 Isa parse_isa(const std::string& name) {
-  for (int i = 0; i < 3; ++i) {
-    if (name != kIsaNames[i]) continue;
-    if (i > static_cast<int>(best_isa())) {
-      throw std::runtime_error("TSCNC_ISA: this CPU does not run '" + name + "', its best is '" +
-                               kIsaNames[static_cast<int>(best_isa())] + "'");
-    }
-    return static_cast<Isa>(i);
+  const std::vector<std::string> compiled = words(TSCNC_CPU_ISAS);
+  for (const Isa isa : {Isa::portable, Isa::wide, Isa::avx2, Isa::avx512}) {
+    if (name != name_of(isa)) continue;
+    if (std::find(compiled.begin(), compiled.end(), name) == compiled.end()) break;
+    if (runs_here(isa)) return isa;
+    throw std::runtime_error("TSCNC_ISA: this CPU does not run '" + name + "', its best is '" +
+                             name_of(best_isa()) + "'");
   }
-  throw std::runtime_error("TSCNC_ISA: expected portable, avx2 or avx512, got '" + name + "'");
+  throw std::runtime_error(std::string("TSCNC_ISA: expected one of ") + TSCNC_CPU_ISAS + ", got '" +
+                           name + "'");
 }
 
 std::atomic<int> g_isa{0};
@@ -105,7 +111,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_isa", &tscnc::set_isa, pybind11::arg("name"),
              "Run the CPU kernels of this instruction set; an empty name means the best one.");
   module.def(
-      "active_isa",
-      [] { return std::string(tscnc::kIsaNames[static_cast<int>(tscnc::active_isa())]); },
+      "active_isa", [] { return std::string(tscnc::name_of(tscnc::active_isa())); },
       "The instruction set whose CPU kernels run.");
 }

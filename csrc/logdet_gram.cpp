@@ -105,8 +105,8 @@ std::tuple<Tensor, Tensor> logdet_gram_cpu(Tensors weights, double ridge) {
       const Matrix& m = plan.matrices[i];
       Tensor workspace = doubles(workspace_size(m.rows, m.cols), values);
       const T* weight = static_cast<const T*>(weights[i].const_data_ptr());
-      data(values)[i] = kernel(weight, m.rows, m.cols, ridge, data(factors) + m.offset,
-                               data(workspace), threads);
+      data(values)[i] =
+          kernel(weight, m.rows, m.cols, ridge, data(factors) + m.offset, data(workspace), threads);
     });
   });
   return {values, factors};

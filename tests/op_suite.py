@@ -281,6 +281,30 @@ class OpSuite:
         finally:
             torch.set_num_threads(threads)
 
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    @pytest.mark.parametrize("backend", ["native", "triton"])
+    def test_cuda_calls_never_wait_for_the_gpu_and_can_be_captured(self, backend):
+        if backend not in tscnc_kernels.available_backends(self.spec.name, "cuda"):
+            pytest.skip(f"{self.spec.name} has no {backend} backend on cuda")
+        args, kwargs = self.sample(self.smooth_samples()[0], device="cuda", grad=False)
+
+        def call() -> list[Tensor]:
+            return _outputs(self.spec.public(*args, **kwargs, backend=backend))
+
+        call()  # compiles and fills caches, which a capture could not
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            expected = call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        graph.replay()
+        for a, e in zip(captured, expected, strict=True):
+            assert torch.equal(a, e)
+
     def test_backend_errors(self):
         args, kwargs = self.sample(next(iter(self.spec.samples)))
         with pytest.raises(RuntimeError, match="got 'cudnn'"):

@@ -68,7 +68,7 @@ def test_environment_lowers_the_instruction_set(checkout, isa):
 def test_unknown_instruction_set_is_an_import_error(checkout):
     result = run(USE, checkout, TSCNC_ISA="sse9")
     assert result.returncode == 1
-    assert "expected portable, avx2 or avx512, got 'sse9'" in result.stderr
+    assert "got 'sse9'" in result.stderr
 
 
 def test_missing_library_names_the_command(checkout):

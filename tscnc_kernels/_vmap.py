@@ -1,4 +1,4 @@
-"""vmap for raw ops that take lists of tensors: one call per example, results stacked."""
+"""vmap rules of the raw ops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +26,21 @@ def register_loop_vmap(name: str, op: Callable[..., Any]) -> None:
         results = [example(index) for index in range(info.batch_size)]
         stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *results)
         return stacked, pytree.tree_map(lambda _: 0, stacked)
+
+    torch.library.register_vmap(f"tscnc_kernels::{name}", rule)
+
+
+def register_elementwise_vmap(name: str, op: Callable[..., Any]) -> None:
+    """Register a vmap rule for an element-wise `tscnc_kernels::<name>`: one call on the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        batched = []
+        for arg, dim in zip(args, in_dims, strict=True):
+            if isinstance(arg, torch.Tensor):
+                shared = arg.expand(info.batch_size, *arg.shape)
+                arg = (shared if dim is None else arg.movedim(dim, 0)).contiguous()
+            batched.append(arg)
+        return op(*batched), 0
 
     torch.library.register_vmap(f"tscnc_kernels::{name}", rule)
 

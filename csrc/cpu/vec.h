@@ -13,7 +13,7 @@
 
 namespace tscnc::TSCNC_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(TSCNC_WIDE_VECTORS)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
@@ -93,7 +93,7 @@ inline void store(fp16* target, Vec<float> value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
                       _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 }
-#elif defined(__F16C__)
+#elif defined(__F16C__) && !defined(TSCNC_WIDE_VECTORS)
 inline Vec<float> load(const fp16* source) {
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 }

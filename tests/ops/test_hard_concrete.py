@@ -12,7 +12,7 @@ from tscnc_kernels.ops.hard_concrete import (
 
 
 def sampled(make):
-    """An odd number of gates, some of them clipped, and noise that keeps clear of the clipping points."""
+    """An odd number of gates, some of them clipped, and noise."""
     log_alpha = make(37, 3)
     noise = torch.linspace(0.01, 0.99, 111).reshape(37, 3).to(log_alpha)
     return (2 * log_alpha, Noise(noise)), {}
@@ -87,13 +87,16 @@ def test_sampled_gates_follow_their_law():
     gates = hard_concrete(log_alpha, uniform)
     active = hard_concrete_active_probability(log_alpha[:1]).item()
     assert (gates > 0).double().mean().item() == pytest.approx(active, abs=5e-3)
-    # By the symmetry u → 1 − u, log_alpha → −log_alpha, γ → 1 − ζ a gate is open as often as its mirror is closed.
+    # By the symmetry u → 1 − u, log_alpha → −log_alpha, γ → 1 − ζ a gate is open as often as its
+    # mirror is closed.
     mirrored = hard_concrete_active_probability(-log_alpha[:1]).item()
     assert (gates == 1).double().mean().item() == pytest.approx(1 - mirrored, abs=5e-3)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
 def test_extremes_are_exact_and_have_no_gradient(backend, dtype, isa):
     big = torch.finfo(dtype).max
     cases = [  # log_alpha, u, gate

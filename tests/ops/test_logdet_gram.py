@@ -77,7 +77,9 @@ def test_large_matrices_have_the_same_bits_for_any_thread_count():
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
 def test_golden_value_and_hand_worked_gradient(backend, dtype):
     # WᵀW = [[35, 44], [44, 56]] with determinant 24: logdet(WᵀW/2) = log 6, gradient 2 W (WᵀW)⁻¹.
     weight = torch.tensor(GOLDEN, dtype=dtype, requires_grad=True)
@@ -90,7 +92,8 @@ def test_golden_value_and_hand_worked_gradient(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_relative_ridge_by_hand(backend):
-    # tr = 1, n = 2: G = diag(1 + 1/4, 1/4), G/2 has the determinant 5/64. d/dw₀₀ of log((1 + r/2) r/2 w⁴) = 4/w.
+    # tr = 1, n = 2: G = diag(1 + 1/4, 1/4), G/2 has the determinant 5/64. d/dw₀₀ of log((1 + r/2)
+    # r/2 w⁴) = 4/w.
     weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
     value = logdet_gram(weight, ridge=0.5, backend=backend)
     assert value.item() == pytest.approx(math.log(5 / 64), abs=1e-12)
@@ -120,7 +123,9 @@ def test_condition_number_of_a_million_keeps_four_digits(isa):
     left, right = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
     sigma = torch.logspace(0, -6, 64, dtype=torch.float64)
     value = logdet_gram(left @ sigma.diag() @ right, ridge=0.0)
-    assert value.item() == pytest.approx((2 * sigma.log().sum() - 64 * math.log(64)).item(), abs=1e-3)
+    assert value.item() == pytest.approx(
+        (2 * sigma.log().sum() - 64 * math.log(64)).item(), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -140,7 +145,9 @@ def test_singular_weight_without_ridge_is_minus_infinity(backend, isa):
 
 def test_ridge_makes_a_rank_deficient_weight_finite():
     torch.manual_seed(0)
-    values, (gradient,) = value_and_gradients(logdet_gram, [torch.randn(20, 3) @ torch.randn(3, 10)])
+    values, (gradient,) = value_and_gradients(
+        logdet_gram, [torch.randn(20, 3) @ torch.randn(3, 10)]
+    )
     assert torch.isfinite(values).all() and torch.isfinite(gradient).all()
 
 

@@ -24,15 +24,18 @@ def test_golden_values_and_thresholds(x, lambda_, a, value, threshold):
     assert above.item() > 0
 
 
+def objective(y, x, lambda_, a):
+    return (y - x) ** 2 / 2 + lambda_ * (a + 1) * y.abs() / (a + y.abs())
+
+
 def test_minimises_its_objective_on_a_grid():
-    generator = torch.Generator().manual_seed(3)
     grid = torch.linspace(-4, 4, 160_001, dtype=torch.float64)
-    for x, lambda_, a in (torch.rand(40, 3, generator=generator, dtype=torch.float64) * 3).tolist():
-        y = transformed_l1_prox(torch.tensor([x], dtype=torch.float64), lambda_, a + 0.01)
-        objective = lambda t: (t - x) ** 2 / 2 + lambda_ * (a + 1.01) * t.abs() / (a + 0.01 + t.abs())  # noqa: B023, E731
-        assert objective(y).item() <= objective(grid).min().item() + 1e-12
-        penalty = transformed_l1([y], a + 0.01).item()
-        assert objective(y).item() == pytest.approx((y.item() - x) ** 2 / 2 + lambda_ * penalty)
+    for x, lambda_, a in (torch.rand(40, 3, dtype=torch.float64) * 3 + 0.01).tolist():
+        y = transformed_l1_prox(torch.tensor([x], dtype=torch.float64), lambda_, a)
+        value = objective(y, x, lambda_, a).item()
+        assert value <= objective(grid, x, lambda_, a).min().item() + 1e-12
+        penalty = transformed_l1([y], a).item()
+        assert value == pytest.approx((y.item() - x) ** 2 / 2 + lambda_ * penalty)
 
 
 def test_gradients_of_first_and_second_order():
@@ -60,12 +63,15 @@ def test_low_precision_is_the_rounded_float64_result(dtype):
 
 
 def test_extreme_inputs_stay_finite_with_finite_gradients():
-    x = torch.tensor([3e38, -3e38, 1e-38, 0.0, math.inf], requires_grad=True)
+    x = torch.tensor([3e38, -3e38, 1e-38, 0.0], requires_grad=True)
     y = transformed_l1_prox(x, 0.3)
-    assert torch.equal(y[:4], torch.tensor([3e38, -3e38, 0.0, 0.0]))
-    (gradient,) = torch.autograd.grad(y[:4].sum(), x)
-    assert gradient.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
-    assert transformed_l1_prox(torch.tensor([math.nan]), 0.3).isnan()
+    assert torch.equal(y, torch.tensor([3e38, -3e38, 0.0, 0.0]))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_non_finite_inputs_give_nan():
+    assert transformed_l1_prox(torch.tensor([math.nan, math.inf, -math.inf]), 0.3).isnan().all()
 
 
 def test_compiles_to_one_graph_and_maps_over_a_batch():

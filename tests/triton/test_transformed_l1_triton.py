@@ -4,24 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import tscnc_kernels
+launchers = pytest.importorskip("tscnc_kernels.triton.transformed_l1")
 
-if "triton" not in tscnc_kernels.available_backends("transformed_l1"):
-    pytest.skip("Triton runs on a GPU or under TRITON_INTERPRET=1", allow_module_level=True)
-
-from tscnc_kernels.triton.transformed_l1 import (
-    block_size,
-    transformed_l1,
-    transformed_l1_backward,
-    transformed_l1_value_and_grad,
-)
-
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def random_tensors(sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
+    exact = [torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes]
+    return [tensor.to(DEVICE, dtype) for tensor in exact]
 
 
 def exact_value(tensors: list[Tensor], a: float) -> float:
@@ -31,10 +23,10 @@ def exact_value(tensors: list[Tensor], a: float) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_around_a_block(dtype: torch.dtype) -> None:
-    block = block_size(dtype)
+    block = launchers.block_size(dtype)
     tensors = random_tensors([block - 1, block, block + 1, 2 * block + 7], dtype)
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
-    assert transformed_l1(tensors, 0.7).item() == pytest.approx(
+    assert launchers.transformed_l1(tensors, 0.7).item() == pytest.approx(
         exact_value(tensors, 0.7), rel=tolerance
     )
 
@@ -42,21 +34,25 @@ def test_sizes_around_a_block(dtype: torch.dtype) -> None:
 def test_view_that_starts_between_two_packs() -> None:
     (whole,) = random_tensors([3000], torch.float32)
     view = whole[3:2900]
-    assert transformed_l1([view], 2.0).item() == pytest.approx(exact_value([view], 2.0), rel=1e-6)
-    (grad,) = transformed_l1_backward(torch.tensor(1.0), [view], 2.0)
+    assert launchers.transformed_l1([view], 2.0).item() == pytest.approx(
+        exact_value([view], 2.0), rel=1e-6
+    )
+    (grad,) = launchers.transformed_l1_backward(torch.tensor(1.0, device=DEVICE), [view], 2.0)
     expected = view.double().sign() * 2 * 3 / (2 + view.double().abs()) ** 2
     torch.testing.assert_close(grad.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_one_pass_gives_the_bits_of_value_and_gradient_alone() -> None:
     tensors = random_tensors([5000, 0, 33], torch.float32)
-    value, grads = transformed_l1_value_and_grad(tensors, 0.4)
-    assert torch.equal(value, transformed_l1(tensors, 0.4))
-    alone = transformed_l1_backward(torch.tensor(1.0), tensors, 0.4)
+    value, grads = launchers.transformed_l1_value_and_grad(tensors, 0.4)
+    assert torch.equal(value, launchers.transformed_l1(tensors, 0.4))
+    alone = launchers.transformed_l1_backward(torch.tensor(1.0, device=DEVICE), tensors, 0.4)
     assert all(torch.equal(a, b) for a, b in zip(alone, grads, strict=True))
 
 
 def test_only_empty_tensors() -> None:
-    value, (grad,) = transformed_l1_value_and_grad([torch.empty(0, 3)], 1.0)
+    value, (grad,) = launchers.transformed_l1_value_and_grad(
+        [torch.empty(0, 3, device=DEVICE)], 1.0
+    )
     assert value.item() == 0
     assert grad.shape == (0, 3)

@@ -6,10 +6,11 @@ Formula, for output channel o with weights W_o and hard concrete gate log_alpha_
     t_o   = π_o Σ_{w ∈ W_o} (ρ/2 w² + λ)
     value = Σ_o ρ_a(t_o),   ρ_a(t) = (a + 1) t / (a + t)
 
-t_o is the expected negative log prior of the channel, with prior precision ρ = N · weight decay for N training samples.
+t_o is the expected negative log prior of the channel, with prior precision ρ = N · weight decay for
+N training samples.
 
-Source: arXiv 2503.20454 as implemented. The published code passes −t_o, whose value (a + 1) t / (a − t) has a pole at
-t = a and is negative beyond; `repo_compat` gives that.
+Source: arXiv 2503.20454 as implemented. The published code passes −t_o, whose value (a + 1) t / (a
+− t) has a pole at t = a and is negative beyond; `repo_compat` gives that.
 """
 
 import math
@@ -47,7 +48,7 @@ def _check(
     for index, (weight, log_alpha) in enumerate(zip(weights, log_alphas, strict=True)):
         if weight.dim() < 1 or log_alpha.shape != weight.shape[:1]:
             raise ValueError(
-                f"expected one gate per row: log_alphas[{index}] of shape {tuple(weight.shape[:1])} "
+                f"expected log_alphas[{index}] of shape {tuple(weight.shape[:1])} "
                 f"for a weight of shape {tuple(weight.shape)}, got {tuple(log_alpha.shape)}"
             )
     if not 0 < a < math.inf:
@@ -70,11 +71,13 @@ def gated_transformed_l1(
     gamma: float = -0.1,
     zeta: float = 1.1,
 ) -> Tensor:
-    """Sum over all gates of ρ_a(t_o), t_o = P(z_o ≠ 0) Σ (ρ/2 w² + λ) over the weights of channel o.
+    """Sum over all gates of ρ_a(t_o), t_o the expected cost of the weights behind gate o.
+
+    t_o = P(z_o ≠ 0) Σ (ρ/2 w² + λ), ρ_a(t) = (a + 1) t / (a + t).
 
     Args:
-        weights: list of (out, …) floating tensors; a gate closes one slice of the first dimension. For gates on the
-            input units of a linear layer pass weight.mT.
+        weights: list of (out, …) floating tensors; a gate closes one slice of the first dimension.
+            For gates on the input units of a linear layer pass weight.mT.
         log_alphas: list of (out,) gate parameters, one tensor per weight.
         a: shape parameter of the transformed l1, finite and > 0.
         rho: prior precision, finite and >= 0.
@@ -88,7 +91,8 @@ def gated_transformed_l1(
         0-d tensor, float32 (float64 if any tensor is). The published loss divides it by N.
 
     Raises:
-        ValueError: lists of different or zero length, gates that do not fit a weight, constants out of range.
+        ValueError: lists of different or zero length, gates that do not fit a weight, constants out
+            of range.
         TypeError: not lists of floating tensors.
 
     Autograd: any order. Autocast does not change the dtype.

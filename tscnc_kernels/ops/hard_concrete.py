@@ -5,12 +5,13 @@ Formula, with u uniform noise in [0, 1]:
     s        = sigmoid((log u − log(1 − u) + log_alpha) / β)      a sample
     s        = sigmoid(log_alpha)                                 at test time
     z        = clip(s (ζ − γ) + γ, 0, 1)
-    gradient = grad_output · (ζ − γ) s (1 − s) / β,   0 where z is clipped   (without β at test time)
+    gradient = grad_output · (ζ − γ) s (1 − s) / β,   0 where z is clipped; no β at test time
     P(z ≠ 0) = sigmoid(log_alpha − β log(−γ/ζ))
 
 The noise is an argument, so that every backend computes the same function; no gradient flows to it.
 
-Source: Louizos, Welling, Kingma, arXiv 1712.01312, eqs. 10–13; as used in arXiv 2503.20454 with β = 2/3, γ = −0.1, ζ = 1.1.
+Source: Louizos, Welling, Kingma, arXiv 1712.01312, eqs. 10–13; as used in arXiv 2503.20454 with β =
+2/3, γ = −0.1, ζ = 1.1.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._vmap import register_elementwise_vmap
 
 # Native first: benchmarks/results/*/hard_concrete.csv.
 BACKENDS = ("native", "reference")
@@ -26,8 +28,8 @@ _backend.register("hard_concrete", BACKENDS)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# u = 0 and u = 1 give an infinite logit. Bounded by this, it still decides against any finite log_alpha, and an
-# infinite log_alpha decides against it.
+# u = 0 and u = 1 give an infinite logit. Bounded by this, it still decides against any finite
+# log_alpha, and an infinite log_alpha decides against it.
 _LOGIT_BOUND = 1e30
 
 
@@ -113,9 +115,7 @@ def reference_backward(
 
 
 @torch.library.register_fake("tscnc_kernels::hard_concrete")
-def _(
-    log_alpha: Tensor, uniform: Tensor | None, beta: float, gamma: float, zeta: float
-) -> Tensor:
+def _(log_alpha: Tensor, uniform: Tensor | None, beta: float, gamma: float, zeta: float) -> Tensor:
     return torch.empty_like(log_alpha)
 
 
@@ -134,33 +134,8 @@ def _(
 _native = torch.ops.tscnc_kernels
 
 
-@torch.library.register_vmap("tscnc_kernels::hard_concrete")
-def _(info, in_dims, log_alpha, uniform, beta, gamma, zeta):  # type: ignore[no-untyped-def]
-    log_alpha, uniform = _batch_first(info.batch_size, in_dims, log_alpha, uniform)
-    return _native.hard_concrete(log_alpha, uniform, beta, gamma, zeta), 0
-
-
-@torch.library.register_vmap("tscnc_kernels::hard_concrete_backward")
-def _(info, in_dims, grad_output, log_alpha, uniform, beta, gamma, zeta):  # type: ignore[no-untyped-def]
-    grad_output, log_alpha, uniform = _batch_first(
-        info.batch_size, in_dims, grad_output, log_alpha, uniform
-    )
-    return _native.hard_concrete_backward(grad_output, log_alpha, uniform, beta, gamma, zeta), 0
-
-
-def _batch_first(
-    batch_size: int, dims: tuple[int | None, ...], *tensors: Tensor | None
-) -> list[Tensor | None]:
-    """Each tensor contiguous with the batch in front: the op is element-wise."""
-    moved = []
-    for tensor, dim in zip(tensors, dims, strict=False):
-        if tensor is None:
-            moved.append(None)
-        elif dim is None:
-            moved.append(tensor.expand(batch_size, *tensor.shape).contiguous())
-        else:
-            moved.append(tensor.movedim(dim, 0).contiguous())
-    return moved
+for _name in ("hard_concrete", "hard_concrete_backward"):
+    register_elementwise_vmap(_name, getattr(_native, _name))
 
 
 class HardConcreteFunction(torch.autograd.Function):
@@ -218,28 +193,29 @@ def hard_concrete(
 ) -> Tensor:
     """Hard concrete gates z = clip(sigmoid(x) (ζ − γ) + γ, 0, 1).
 
-    x = (log u − log(1 − u) + log_alpha) / β with noise u, and x = log_alpha without: the test-time gate.
+    x = (log u − log(1 − u) + log_alpha) / β with noise u, and x = log_alpha without: the test-time
+    gate.
 
     Args:
         log_alpha: floating tensor of any shape (float32, float64, bfloat16, float16).
-        uniform: noise in [0, 1] of log_alpha's shape, dtype and device, or None. At u = 0 the gate is closed and at
-            u = 1 open, whatever a finite log_alpha says.
+        uniform: noise in [0, 1] of log_alpha's shape, dtype and device, or None. At u = 0 the gate
+            is closed and at u = 1 open, whatever a finite log_alpha says.
         beta: temperature, > 0.
         gamma: lower end of the stretched range, < 0.
         zeta: upper end, > 1.
         backend: "native" or "reference"; None chooses.
 
     Returns:
-        Gates of log_alpha's shape and dtype; half types are computed in float32. NaN, or noise outside [0, 1],
-        gives NaN.
+        Gates of log_alpha's shape and dtype; half types are computed in float32. NaN, or noise
+        outside [0, 1], gives NaN.
 
     Raises:
         ValueError: shapes or devices that differ, or constants out of range.
         TypeError: not tensors, a dtype that is not supported, or two dtypes.
         RuntimeError: the backend cannot run here.
 
-    Autograd: any order in log_alpha, 0 where the gate is clipped; none in the noise. Autocast does not
-        change the dtype.
+    Autograd: any order in log_alpha, 0 where the gate is clipped; none in the noise. Autocast does
+        not change the dtype.
 
     Source: arXiv 1712.01312, eqs. 10, 11 and 13.
     """
@@ -248,14 +224,16 @@ def hard_concrete(
     log_alpha = log_alpha.contiguous()
     noise = None if uniform is None else uniform.detach().contiguous()
     if torch.is_grad_enabled() and log_alpha.requires_grad:
-        return HardConcreteFunction.apply(log_alpha, noise, beta, gamma, zeta, chosen)
+        return HardConcreteFunction.apply(  # type: ignore[no-untyped-call]
+            log_alpha, noise, beta, gamma, zeta, chosen
+        )
     return _gates(log_alpha, noise, beta, gamma, zeta, chosen)
 
 
 def hard_concrete_active_probability(
     log_alpha: Tensor, *, beta: float = 2 / 3, gamma: float = -0.1, zeta: float = 1.1
 ) -> Tensor:
-    """Probability P(z ≠ 0) = sigmoid(log_alpha − β log(−γ/ζ)) that a hard concrete gate is not closed.
+    """Probability sigmoid(log_alpha − β log(−γ/ζ)) that a hard concrete gate is not closed.
 
     Args:
         log_alpha: floating tensor of any shape.

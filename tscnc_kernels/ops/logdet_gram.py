@@ -1,4 +1,4 @@
-"""Log-determinant of the Gram matrices of a list of weights, the core of the condition-number penalties.
+"""Log-determinant of the Gram matrix of each weight of a list, the core of the CNC penalties.
 
 Formula, with A the weight W or Wᵀ, whichever has n = min(rows, columns) columns, and S = AᵀA:
 
@@ -6,12 +6,12 @@ Formula, with A the weight W or Wᵀ, whichever has n = min(rows, columns) colum
     value    = logdet(G / n)
     gradient = grad_output · 2 A H,   H = G⁻¹ + ridge · (tr G⁻¹ / n) · I
 
-The ridge is relative, so that the value of c W differs from that of W by 2 n log c whatever the ridge; the second term
-of H is the ridge's own dependence on W. A Gram squares the condition number: it is formed and factored in float64
-for every dtype of weight.
+The ridge is relative, so that the value of c W differs from that of W by 2 n log c whatever the
+ridge; the second term of H is the ridge's own dependence on W. A Gram squares the condition number:
+it is formed and factored in float64 for every dtype of weight.
 
-Source: R_CNC of arXiv 2503.20454 as implemented, which takes torch.det in float32; that underflows to 0 from 100
-columns on, and the Cholesky factor does not.
+Source: R_CNC of arXiv 2503.20454 as implemented, which takes torch.det in float32; that underflows
+to 0 from 100 columns on, and the Cholesky factor does not.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,9 @@ def _check(weights: Sequence[Tensor], ridge: float) -> None:
         raise ValueError("expected at least one weight, got an empty list")
     for index, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
-            raise TypeError(f"expected weights[{index}] to be a tensor, got {type(weight).__name__}")
+            raise TypeError(
+                f"expected weights[{index}] to be a tensor, got {type(weight).__name__}"
+            )
         if weight.dtype not in _DTYPES:
             raise TypeError(
                 f"expected weights[{index}] of dtype float32, float64, bfloat16 or float16, "
@@ -63,7 +65,7 @@ def _value_dtype(weights: Sequence[Tensor]) -> torch.dtype:
 
 
 def _factor(weight: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The tall float64 A, the Cholesky factor of G, and whether G is numerically definite (0-d bool)."""
+    """The tall float64 A, the Cholesky factor of G, and whether G is numerically definite."""
     tall = weight.flatten(1).double()
     tall = tall if tall.shape[0] >= tall.shape[1] else tall.mT
     m, n = tall.shape
@@ -179,24 +181,25 @@ def logdet_gram(
 ) -> Tensor:
     """Log-determinant logdet(G/n) of the ridged Gram matrix of the small side of each weight.
 
-    G = AᵀA + ridge · (tr AᵀA / n) · I with A = W or Wᵀ so that G is n x n, n = min(rows, columns). All of a list is
-    one call.
+    G = AᵀA + ridge · (tr AᵀA / n) · I with A = W or Wᵀ so that G is n x n, n = min(rows, columns).
+    All of a list is one call.
 
     Args:
-        weights: a (rows, cols) tensor or a list of them, of any shapes and floating dtypes (float32, float64,
-            bfloat16, float16), on one device. An (out, in, …) convolution kernel counts as (out, in·…).
+        weights: a (rows, cols) tensor or a list of them, of any shapes and floating dtypes
+            (float32, float64, bfloat16, float16), on one device. An (out, in, …) convolution kernel
+            counts as (out, in·…).
         ridge: relative ridge, finite and >= 0.
         backend: "native" or "reference"; None chooses.
 
     Returns:
-        0-d tensor for a tensor, (L,) for a list of L; float64 if any weight is, else float32. Where G is singular
-        (a Cholesky pivot does not exceed what rounding can leave of zero, max(rows, columns) · 2⁻⁵² of its diagonal
-        entry) the value is -inf and the gradient NaN; with ridge > 1e-9 only a zero weight is. NaN or
-        infinite weights give NaN.
+        0-d tensor for a tensor, (L,) for a list of L; float64 if any weight is, else float32. Where
+        G is singular (a Cholesky pivot does not exceed what rounding can leave of zero, max(rows,
+        columns) · 2⁻⁵² of its diagonal entry) the value is -inf and the gradient NaN; with the
+        default ridge only a zero weight is. NaN or infinite weights give NaN.
 
     Raises:
-        ValueError: empty list, a weight with fewer than two dimensions or without elements, several devices,
-            ridge < 0 or not finite.
+        ValueError: empty list, a weight with fewer than two dimensions or without elements, several
+            devices, ridge < 0 or not finite.
         TypeError: not tensors, or a dtype that is not supported.
         RuntimeError: the backend cannot run here.
 
@@ -213,12 +216,14 @@ def logdet_gram(
 def logdet_gram_float64(
     weights: Sequence[Tensor], ridge: float, *, backend: str | None = None
 ) -> Tensor:
-    """`logdet_gram` of a list before its (L,) values are rounded, for penalties that subtract from them."""
+    """`logdet_gram` of a list before its (L,) values are rounded, for penalties built on them."""
     _check(weights, ridge)
     chosen = _backend.select("logdet_gram", weights[0].device, backend)
     dtype = _value_dtype(weights)
     matrices = [weight.flatten(1).to(dtype).contiguous() for weight in weights]
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in matrices):
-        values, _ = LogdetGramFunction.apply(ridge, chosen, *matrices)
+        values, _ = LogdetGramFunction.apply(  # type: ignore[no-untyped-call]
+            ridge, chosen, *matrices
+        )
         return values
     return _values(matrices, ridge, chosen)[0]

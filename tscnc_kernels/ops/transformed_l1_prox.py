@@ -3,13 +3,14 @@
 Formula, with ρ_a(|t|) = (a + 1)|t| / (a + |t|) and w = λ (a + 1):
 
     prox(x) = argmin_y (y − x)² / 2 + λ ρ_a(|y|)
-            = 0                                               where |x| ≤ t*
-            = sign(x) (|x| − (4/3)(a + |x|) sin²(asin(√s)/3))  elsewhere,   s = 27 w a / (4 (a + |x|)³)
+            = 0                                                where |x| ≤ t*
+            = sign(x) (|x| − (4/3)(a + |x|) sin²(asin(√s)/3))  elsewhere
+    s       = 27 w a / (4 (a + |x|)³)
     t*      = w / a            if w ≤ a²/2
             = √(2 w) − a/2     otherwise
 
-The second branch is the largest root of a cubic, usually written with (2/3)(a + |x|) cos(φ/3), φ = arccos(1 − 2s); the
-form above is the same number without its cancellation.
+The second branch is the largest root of a cubic, usually written with (2/3)(a + |x|) cos(φ/3), φ =
+arccos(1 − 2s); the form above is the same number without its cancellation.
 
 Source: Zhang, Xin, arXiv 1412.5240; checked against brute force on random (x, λ, a).
 """
@@ -21,7 +22,8 @@ from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Below it the first two terms of the series of sin²(asin(√s)/3) are exact to 1e-15, and √s has no finite slope at 0.
+# Below it the first two terms of the series of sin²(asin(√s)/3) are exact to 1e-15, and √s has no
+# finite slope at 0.
 _SMALL = 1e-8
 
 
@@ -46,7 +48,7 @@ def _relative_step(s: Tensor) -> Tensor:
 
 
 def transformed_l1_prox(input: Tensor, lambda_: float, a: float = 1.0) -> Tensor:
-    """Proximal map argmin_y (y − x)²/2 + λ ρ_a(|y|) of the transformed l1 penalty, element by element.
+    """Proximal map argmin_y (y − x)²/2 + λ ρ_a(|y|) of the transformed l1 penalty, element-wise.
 
     Args:
         input: floating tensor x of any shape (float32, float64, bfloat16, float16).
@@ -54,8 +56,8 @@ def transformed_l1_prox(input: Tensor, lambda_: float, a: float = 1.0) -> Tensor
         a: shape parameter, finite and > 0.
 
     Returns:
-        Tensor of input's shape and dtype; half types are computed in float32. Elements with |x| up to the threshold
-        are exactly 0, and NaN stays NaN.
+        Tensor of input's shape and dtype; half types are computed in float32. Elements with |x| up
+        to the threshold are exactly 0; NaN and infinite ones give NaN.
 
     Raises:
         ValueError: λ < 0, a ≤ 0, or one of them not finite.

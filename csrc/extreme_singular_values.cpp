@@ -1,0 +1,258 @@
+// extreme_singular_values over a list of matrices; Python side and formulas:
+// tscnc_kernels/ops/extreme_singular_values.py.
+#include "cpu/extreme_singular_values.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "dtype_dispatch.h"
+
+namespace tscnc {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+constexpr char kOp[] = "extreme_singular_values";
+
+// One matrix of the list with its place in the packed outputs.
+struct Job {
+  SpectralMatrix matrix;
+  std::vector<int64_t> kept_rows, kept_cols;
+  int64_t row_offset, col_offset, block_offset;
+};
+
+struct Packing {
+  int64_t rows = 0, cols = 0, smaller = 0;
+};
+
+int64_t count_true(const bool* mask, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += mask[i];
+  return sum;
+}
+
+void check_same_shape(const Tensor& matrix, const Tensor& mask) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.is_contiguous() &&
+                      mask.dim() == 2 && mask.size(0) == matrix.size(0) &&
+                      mask.size(1) == matrix.size(1),
+                  kOp, ": expected a contiguous boolean mask of the matrix's shape");
+}
+
+// Row and column lists from the flags of structural_rank; a complete list stays null.
+void keep_live(const Tensor& structure, bool structural, Job* job) {
+  SpectralMatrix& a = job->matrix;
+  STD_TORCH_CHECK(structure.scalar_type() == ScalarType::Long && structure.is_contiguous() &&
+                      structure.numel() == 1 + a.rows + a.cols,
+                  kOp, ": expected the structure as structural_rank returns it");
+  const int64_t* flags = static_cast<const int64_t*>(structure.const_data_ptr());
+  a.want_full_rank = !structural;
+  if (structural) {
+    for (int64_t i = 0; i < a.rows; ++i) {
+      if (flags[1 + i]) job->kept_rows.push_back(i);
+    }
+    for (int64_t j = 0; j < a.cols; ++j) {
+      if (flags[1 + a.rows + j]) job->kept_cols.push_back(j);
+    }
+    a.kept_row_count = static_cast<int64_t>(job->kept_rows.size());
+    a.kept_col_count = static_cast<int64_t>(job->kept_cols.size());
+    if (a.kept_row_count < a.rows) a.kept_rows = job->kept_rows.data();
+    if (a.kept_col_count < a.cols) a.kept_cols = job->kept_cols.data();
+  }
+  const int64_t most = std::min(a.kept_row_count, a.kept_col_count);
+  a.structural_rank = std::min(most, std::max<int64_t>(flags[0], most > 0));
+}
+
+// masks and structures: empty, or one per matrix with an empty tensor where it has no pattern. The
+// jobs point into themselves and must not be moved afterwards.
+std::vector<Job> make_jobs(const Tensors& matrices, const Tensors& masks, const Tensors& structures,
+                           bool structural, Packing* packing) {
+  STD_TORCH_CHECK(!matrices.empty(), kOp, ": expected at least one matrix, got an empty list");
+  STD_TORCH_CHECK((masks.empty() || masks.size() == matrices.size()) &&
+                      (structures.empty() || structures.size() == masks.size()),
+                  kOp, ": expected one mask and one structure per matrix");
+  std::vector<Job> jobs(matrices.size());
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const Tensor& matrix = matrices[i];
+    STD_TORCH_CHECK(matrix.dim() == 2 && matrix.is_contiguous() && matrix.numel() > 0, kOp,
+                    ": expected contiguous matrices with at least one element");
+    dispatch_floating(kOp, matrix.scalar_type(), [](auto) {});
+    Job& job = jobs[i];
+    SpectralMatrix& a = job.matrix;
+    a = {};
+    a.data = matrix.const_data_ptr();
+    a.dtype = static_cast<DType>(matrix.scalar_type());
+    a.rows = a.kept_row_count = matrix.size(0);
+    a.cols = a.kept_col_count = matrix.size(1);
+    a.structural_rank = std::min(a.rows, a.cols);
+    if (!masks.empty() && masks[i].numel() > 0) {
+      check_same_shape(matrix, masks[i]);
+      a.mask = static_cast<const bool*>(masks[i].const_data_ptr());
+      a.nnz = count_true(a.mask, a.rows * a.cols);
+      if (!structures.empty()) keep_live(structures[i], structural, &job);
+    }
+    job.row_offset = packing->rows;
+    job.col_offset = packing->cols;
+    job.block_offset = packing->smaller;
+    packing->rows += a.rows;
+    packing->cols += a.cols;
+    packing->smaller += std::min(a.rows, a.cols);
+  }
+  return jobs;
+}
+
+double cost(const SpectralMatrix& a) {
+  const double n = static_cast<double>(std::min(a.rows, a.cols));
+  return static_cast<double>(a.mask ? a.nnz : a.rows * a.cols) * n + n * n * n;
+}
+
+// Runs the jobs longest first, each thread taking the next one; every thread has one workspace.
+template <class Run>
+void run_jobs(const std::vector<Job>& jobs, const Run& run) {
+  const auto workspace_size = TSCNC_SELECT(extreme_singular_values_workspace);
+  int64_t size = 0;
+  for (const Job& job : jobs) size = std::max(size, workspace_size(job.matrix));
+  std::vector<size_t> order(jobs.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return cost(jobs[a].matrix) > cost(jobs[b].matrix); });
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), jobs.size());
+  Tensor workspace = torch::stable::empty({threads * size}, ScalarType::Double);
+  double* base = static_cast<double*>(workspace.mutable_data_ptr());
+  std::atomic<size_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t slot = first; slot < last; ++slot) {
+      for (size_t at = next++; at < order.size(); at = next++) run(order[at], base + slot * size);
+    }
+  });
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()),
+                              type);
+}
+
+template <class T>
+T* data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// (2, L) sigma, (2, rows) left, (2, cols) right, (2 * kMaxTies, smaller) block, (L,) rank, (L, 2)
+// residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds, the vectors of all matrices side by side.
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors structures,
+                                    std::optional<Tensor> state, bool structural, double tie_tol,
+                                    bool power, bool certify) {
+  Packing packing;
+  const std::vector<Job> jobs = make_jobs(matrices, masks, structures, structural, &packing);
+  const int64_t count = static_cast<int64_t>(jobs.size());
+  const double* warm = nullptr;
+  if (state.has_value()) {
+    STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == 4 && state->size(1) == packing.smaller &&
+                        state->scalar_type() == ScalarType::Double && state->is_contiguous(),
+                    kOp, ": expected a contiguous float64 state of shape (4, ", packing.smaller,
+                    ")");
+    warm = static_cast<const double*>(state->const_data_ptr());
+  }
+  Tensor sigma = empty({2, count}, ScalarType::Double);
+  Tensor left = empty({2, packing.rows}, ScalarType::Double);
+  Tensor right = empty({2, packing.cols}, ScalarType::Double);
+  Tensor block = empty({2 * kMaxTies, packing.smaller}, ScalarType::Double);
+  Tensor rank = empty({count}, ScalarType::Long);
+  Tensor residual = empty({count, 2}, ScalarType::Double);
+  Tensor flags = empty({count}, ScalarType::Long);
+  Tensor ties = empty({count, 2}, ScalarType::Long);
+  Tensor bounds = empty({certify ? count : 0, 3, 2}, ScalarType::Double);
+  const SpectralOptions options = {tie_tol, power, certify};
+  const auto kernel = TSCNC_SELECT(extreme_singular_values);
+  run_jobs(jobs, [&](size_t i, double* workspace) {
+    const Job& job = jobs[i];
+    SpectralResult result = {};
+    for (int end = 0; end < 2; ++end) {
+      result.left[end] = data<double>(left) + end * packing.rows + job.row_offset;
+      result.right[end] = data<double>(right) + end * packing.cols + job.col_offset;
+    }
+    result.block = data<double>(block) + job.block_offset;
+    result.block_stride = packing.smaller;
+    kernel(job.matrix, options, warm ? warm + job.block_offset : nullptr, packing.smaller,
+           workspace, &result);
+    data<int64_t>(rank)[i] = result.rank;
+    data<int64_t>(flags)[i] = result.flags;
+    for (int end = 0; end < 2; ++end) {
+      data<double>(sigma)[end * count + i] = result.sigma[end];
+      data<double>(residual)[2 * i + end] = result.residual[end];
+      data<int64_t>(ties)[2 * i + end] = result.ties[end];
+    }
+    if (certify) std::copy_n(result.bounds, 6, data<double>(bounds) + 6 * i);
+  });
+  return {sigma, left, right, block, rank, residual, flags, ties, bounds};
+}
+
+void check_numel(const Tensor& tensor, int64_t numel, ScalarType type) {
+  STD_TORCH_CHECK(tensor.numel() == numel && tensor.scalar_type() == type && tensor.is_contiguous(),
+                  kOp, ": expected the outputs of the forward call");
+}
+
+Tensors extreme_singular_values_backward_cpu(Tensor grad_sigma, Tensors matrices, Tensors masks,
+                                             Tensor sigma, Tensor left, Tensor right, Tensor block,
+                                             Tensor ties) {
+  Packing packing;
+  const std::vector<Job> jobs = make_jobs(matrices, masks, {}, false, &packing);
+  const int64_t count = static_cast<int64_t>(jobs.size());
+  check_numel(grad_sigma, 2 * count, ScalarType::Double);
+  check_numel(sigma, 2 * count, ScalarType::Double);
+  check_numel(left, 2 * packing.rows, ScalarType::Double);
+  check_numel(right, 2 * packing.cols, ScalarType::Double);
+  check_numel(block, 2 * kMaxTies * packing.smaller, ScalarType::Double);
+  check_numel(ties, 2 * count, ScalarType::Long);
+  Tensors gradients;
+  for (const Tensor& matrix : matrices) gradients.push_back(torch::stable::empty_like(matrix));
+  const auto kernel = TSCNC_SELECT(extreme_singular_values_backward);
+  run_jobs(jobs, [&](size_t i, double* workspace) {
+    const Job& job = jobs[i];
+    SpectralResult result = {};
+    double grad[2];
+    for (int end = 0; end < 2; ++end) {
+      grad[end] = data<double>(grad_sigma)[end * count + i];
+      result.sigma[end] = data<double>(sigma)[end * count + i];
+      result.ties[end] = std::clamp<int64_t>(data<int64_t>(ties)[2 * i + end], 1, kMaxTies);
+      result.left[end] = data<double>(left) + end * packing.rows + job.row_offset;
+      result.right[end] = data<double>(right) + end * packing.cols + job.col_offset;
+    }
+    result.block = data<double>(block) + job.block_offset;
+    result.block_stride = packing.smaller;
+    kernel(job.matrix, result, grad, workspace, gradients[i].mutable_data_ptr());
+  });
+  return gradients;
+}
+
+}  // namespace
+}  // namespace tscnc
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
+  m.def(
+      "extreme_singular_values(Tensor[] matrices, Tensor[] masks, Tensor[] structures, Tensor? "
+      "state, "
+      "bool structural, float tie_tol, bool power, bool certify) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "extreme_singular_values_backward(Tensor grad_sigma, Tensor[] matrices, Tensor[] masks, "
+      "Tensor sigma, Tensor left, Tensor right, Tensor block, Tensor ties) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
+  m.impl("extreme_singular_values", TORCH_BOX(&tscnc::extreme_singular_values_cpu));
+  m.impl("extreme_singular_values_backward",
+         TORCH_BOX(&tscnc::extreme_singular_values_backward_cpu));
+}

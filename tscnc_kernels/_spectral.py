@@ -1,0 +1,230 @@
+"""What `extreme_singular_values` returns, what it reads of a pattern, its reference's packing."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+# Bits of `flags`. CAP_REACHED: the promised error may be missed. SHIFTED and REFACTORED tell how
+# the smallest singular value was found: the factor was shifted, or taken from A instead of AᵀA.
+RANK_DEFICIENT, SHIFTED, CAP_REACHED, REFACTORED = 1, 2, 4, 8
+
+# Tied singular vectors kept per end.
+MAX_TIES = 16
+_UNIT = 2.0**-53
+
+# The raw op's outputs: (2, L) sigma, (2, Σ rows) left, (2, Σ cols) right, (2 MAX_TIES, Σ smaller)
+# block of tied vectors, (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds;
+# float64 or int64.
+Raw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Pattern(Protocol):
+    """What is read of a `SparsityPattern`; it must never change."""
+
+    @property
+    def mask(self) -> Tensor: ...
+
+
+class Bounds(NamedTuple):
+    """Certified [lower, upper], each (L, 2) float64; 0 or inf where float64 cannot prove more."""
+
+    sigma_max: Tensor
+    sigma_min: Tensor
+    kappa: Tensor
+
+
+class ExtremeSingularValues(NamedTuple):
+    """What `extreme_singular_values` returns."""
+
+    sigma_max: Tensor
+    sigma_min: Tensor
+    u_max: tuple[Tensor, ...]
+    v_max: tuple[Tensor, ...]
+    u_min: tuple[Tensor, ...]
+    v_min: tuple[Tensor, ...]
+    rank: Tensor
+    residual: Tensor
+    flags: Tensor
+    state: Tensor
+    bounds: Bounds | None
+
+
+def check_matrix(index: int, matrix: Tensor, first: Tensor) -> None:
+    """One matrix of the list: its dtype, layout, shape, and the first one's device."""
+    if not isinstance(matrix, Tensor):
+        raise TypeError(f"expected matrices[{index}] to be a tensor, got {type(matrix).__name__}")
+    if matrix.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"expected matrices[{index}] of dtype float32, float64, bfloat16 or float16, "
+            f"got {matrix.dtype}"
+        )
+    if matrix.layout != torch.strided:
+        raise ValueError(f"expected strided matrices, got {matrix.layout} at matrices[{index}]")
+    if matrix.dim() != 2 or matrix.shape[0] == 0 or matrix.shape[1] == 0:
+        raise ValueError(
+            f"expected matrices[{index}] to have 2 dimensions and no empty one, "
+            f"got shape {tuple(matrix.shape)}"
+        )
+    if matrix.device != first.device:
+        raise ValueError(
+            f"expected matrices on one device, got {first.device} and {matrix.device} "
+            f"at matrices[{index}]"
+        )
+
+
+def check_state(state: Tensor, matrices: Sequence[Tensor]) -> None:
+    """A warm start belongs to matrices of these shapes."""
+    shape = (4, sum(min(matrix.shape) for matrix in matrices))
+    if not isinstance(state, Tensor) or state.dtype != torch.float64:
+        raise TypeError(
+            f"expected state to be a float64 tensor, got {getattr(state, 'dtype', type(state))}"
+        )
+    if tuple(state.shape) != shape or state.device != matrices[0].device:
+        raise ValueError(
+            f"expected state of shape {shape} on {matrices[0].device} for these matrices, "
+            f"got {tuple(state.shape)} on {state.device}"
+        )
+
+
+_structures: WeakKeyDictionary[Pattern, Tensor] = WeakKeyDictionary()
+
+
+def mask_of(index: int, pattern: Pattern | None, matrix: Tensor) -> Tensor:
+    """The pattern's mask as a matrix; an empty tensor stands for no pattern."""
+    if pattern is None:
+        return matrix.new_empty(0, dtype=torch.bool)
+    mask = getattr(pattern, "mask", None)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            f"expected patterns[{index}] to be a SparsityPattern, got {type(pattern).__name__}"
+        )
+    if mask.numel() != matrix.numel() or mask.shape[0] != matrix.shape[0]:
+        raise ValueError(
+            f"expected patterns[{index}] of shape {tuple(matrix.shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.device != matrix.device:
+        raise ValueError(f"expected patterns[{index}] on {matrix.device}, got {mask.device}")
+    return mask.reshape(matrix.shape).contiguous()
+
+
+def structure_of(pattern: Pattern | None, mask: Tensor) -> Tensor:
+    """Structural rank and the flags of live rows and columns, found once per pattern.
+
+    Inside a compiled graph there is nothing to remember them in, and they are found on every call.
+    """
+    if pattern is None:
+        return mask.new_empty(0, dtype=torch.int64)
+    if torch.compiler.is_compiling():
+        return _find_structure(mask)
+    found = _structures.get(pattern)
+    if found is None:
+        found = _structures[pattern] = _find_structure(mask)
+    return found
+
+
+def _find_structure(mask: Tensor) -> Tensor:
+    found: Tensor = torch.ops.tscnc_kernels.structural_rank(mask.cpu())
+    return found.to(mask.device)
+
+
+def _certify(w: Tensor, sigma: Tensor, last: Tensor) -> Tensor:
+    """(3, 2) bounds of σ_max, σ_min, κ by Cholesky factorisations with rounding charged."""
+    tall = w if w.shape[0] >= w.shape[1] else w.mT
+    m, n = tall.shape
+    gram = tall.mT @ tall
+    eye = torch.eye(n, dtype=gram.dtype, device=gram.device)
+    squares = gram.trace()
+    charge = (m + n + 32) * _UNIT * squares
+    off = (m + n + 32) * _UNIT * squares.sqrt()
+
+    def proves(matrix: Tensor) -> Tensor:
+        return torch.linalg.cholesky_ex(matrix).info == 0
+
+    zero = torch.zeros_like(squares)
+    upper, lower = 1.01 * squares.sqrt(), zero
+    for slack in (1e-1, 1e-2, 1e-4, 1e-6):
+        trial = sigma[0] * (1 + slack)
+        spent = charge + (n + 32) * n * _UNIT * trial**2
+        upper = torch.where(proves((trial**2 - spent) * eye - gram), trial.minimum(upper), upper)
+    least = torch.maximum(2 * charge, 2e-6 * sigma[1] ** 2)
+    for slack in (900.0, 30.0, 1.0):
+        square = (sigma[1] ** 2 - slack * least).clamp(min=0)
+        proven = (square > 0) & proves(gram - (square + charge) * eye)
+        lower = torch.where(proven, square.sqrt(), lower)
+    largest = torch.stack([(sigma[0] - off).clamp(min=0), upper * (1 + 4 * _UNIT)])
+    # Beside a null space one vector bounds nothing from above.
+    above = torch.where(last[0] < n - 1, largest[1], sigma[1] + off)
+    smallest = torch.stack([lower * (1 - 4 * _UNIT), above])
+    return torch.stack([largest, smallest, largest / smallest.flip(0)])
+
+
+def pack_reference(
+    matrices: list[Tensor], sigma: Tensor, lasts: list[Tensor], tie_tol: float, certify: bool
+) -> Raw:
+    """The raw op's outputs by float64 SVDs of the masked matrices with the given values."""
+    lefts, rights, blocks, residuals, flags, ties, bounds = [], [], [], [], [], [], []
+    for index, (w, last) in enumerate(zip(matrices, lasts, strict=True)):
+        finite = torch.isfinite(w).all()
+        safe = torch.where(finite, w, 0.0)
+        u, s, vh = torch.linalg.svd(safe, full_matrices=False)
+        ends = sigma[:, index]
+        places = torch.cat([torch.zeros_like(last), last.clamp(min=0)])
+        left = torch.where(ends[:, None] == 0, 0.0, u.mT.index_select(0, places))
+        right = vh.index_select(0, places)
+        blank = torch.where(finite, 0.0, torch.nan)
+        lefts.append(left + blank)
+        rights.append(right + blank)
+        residuals.append(
+            torch.linalg.vector_norm(left @ safe - ends[:, None] * right, dim=1) + blank
+        )
+        tied = (s - ends[:, None]).abs() <= tie_tol * ends[:, None]
+        ties.append(tied.sum(dim=1).clamp(1, MAX_TIES))
+        small = vh if w.shape[0] >= w.shape[1] else u.mT
+        blocks.append(torch.cat([_padded(small, 0, 1), _padded(small, last, -1)]))
+        flags.append((ends[1] == 0).long() * RANK_DEFICIENT)
+        bounds.append(_certify(safe, ends, last) + blank if certify else s.new_empty(0, 3, 2))
+    return (
+        sigma,
+        torch.cat(lefts, dim=1),
+        torch.cat(rights, dim=1),
+        torch.cat(blocks, dim=1),
+        torch.cat(lasts) + 1,
+        torch.stack(residuals),
+        torch.stack(flags),
+        torch.stack(ties),
+        torch.stack(bounds) if certify else sigma.new_empty(0, 3, 2),
+    )
+
+
+def _padded(rows: Tensor, start: Tensor | int, step: int) -> Tensor:
+    """MAX_TIES rows from `start` on in the direction of `step`, zero behind the last one."""
+    places = start + step * torch.arange(MAX_TIES, device=rows.device)
+    inside = (places >= 0) & (places < rows.shape[0])
+    return torch.where(
+        inside[:, None], rows.index_select(0, places.clamp(0, rows.shape[0] - 1)), 0.0
+    )
+
+
+def unpack(raw: Raw, matrices: Sequence[Tensor]) -> ExtremeSingularValues:
+    """The public result of a raw one."""
+    sigma, left, right, block, rank, residual, flags, _, bounds = raw
+    is_double = any(matrix.dtype == torch.float64 for matrix in matrices)
+    dtype = torch.float64 if is_double else torch.float32
+    rows, cols = ([matrix.shape[side] for matrix in matrices] for side in (0, 1))
+    sigma, left, right = sigma.to(dtype), left.to(dtype), right.to(dtype)
+    return ExtremeSingularValues(
+        sigma_max=sigma[0],
+        sigma_min=sigma[1],
+        u_max=left[0].split(rows),
+        v_max=right[0].split(cols),
+        u_min=left[1].split(rows),
+        v_min=right[1].split(cols),
+        rank=rank,
+        residual=residual,
+        flags=flags,
+        state=torch.cat([block[:2], block[MAX_TIES : MAX_TIES + 2]]),
+        bounds=Bounds(*bounds.unbind(1)) if bounds.shape[0] else None,
+    )

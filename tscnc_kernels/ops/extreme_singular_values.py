@@ -1,0 +1,370 @@
+"""Extreme singular values and vectors of a list of matrices of any shapes, in one call.
+
+Formula, with A = W or W∘M seen tall (m × n, n ≤ m), its singular values σ_1 ≥ … ≥ σ_n and the rank
+r asked for:
+
+    v_max, v_min   leading eigenvectors of AᵀA and of (AᵀA)⁻¹, by block Lanczos in float64
+    σ = ‖A v‖,  u = A v / σ
+    ∂σ = u vᵀ, averaged over the vectors tied with σ; 0 off the mask and where σ = 0
+
+AᵀA has σ² as its eigenvalues and loses all below √u·σ_1, but its eigenvectors are good to u·κ² and
+‖A v‖ on A itself squares that error: float64 gives σ_min to 1e-6 up to κ = 1e6. Beyond, the inverse
+takes its factor from Householder reflections of A instead. `method="power"` replaces Lanczos by
+power iteration and inverse power iteration.
+
+Source: Golub & Van Loan, Matrix Computations, chapters 8 and 10 (Lanczos, inverse iteration,
+Rayleigh quotients); Golub & Underwood 1977 (block Lanczos); Hopcroft & Karp 1973 (structural rank);
+Demmel 1989 and Rump 2006 (certificates by Cholesky factorisation). The gradient of a repeated
+singular value is the minimum-norm subgradient.
+
+Letters: L matrices; matrix i is (rows_i, cols_i).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tscnc_kernels import _backend
+from tscnc_kernels._spectral import (
+    MAX_TIES,
+    ExtremeSingularValues,
+    Pattern,
+    Raw,
+    check_matrix,
+    check_state,
+    mask_of,
+    pack_reference,
+    structure_of,
+    unpack,
+)
+from tscnc_kernels._vmap import register_loop_vmap
+
+# Native first: benchmarks/results/*/extreme_singular_values.csv.
+BACKENDS = ("native", "reference")
+_backend.register("extreme_singular_values", BACKENDS)
+
+_UNIT = 2.0**-53
+
+
+class _Settings(NamedTuple):
+    structural: bool
+    tie_tol: float
+    power: bool
+    certify: bool
+
+
+def _check(
+    matrices: Sequence[Tensor],
+    patterns: Sequence[Pattern | None] | None,
+    state: Tensor | None,
+    rank: str,
+    tie_tol: float,
+    method: str,
+) -> None:
+    if isinstance(matrices, Tensor) or not isinstance(matrices, Sequence):
+        raise TypeError(f"expected matrices to be a list of tensors, got {type(matrices).__name__}")
+    if not matrices:
+        raise ValueError("expected at least one matrix, got an empty list")
+    for index, matrix in enumerate(matrices):
+        check_matrix(index, matrix, matrices[0])
+    if rank not in ("full", "structural"):
+        raise ValueError(f'expected rank to be "full" or "structural", got {rank!r}')
+    if method not in ("auto", "power"):
+        raise ValueError(f'expected method to be "auto" or "power", got {method!r}')
+    if not 0 <= tie_tol < 1:
+        raise ValueError(f"expected 0 <= tie_tol < 1, got {tie_tol}")
+    if patterns is None and rank == "structural":
+        raise ValueError('rank="structural" needs patterns: got patterns=None')
+    if patterns is not None and len(patterns) != len(matrices):
+        raise ValueError(
+            f"expected one pattern (or None) per matrix, got {len(patterns)} for {len(matrices)}"
+        )
+    if state is not None:
+        check_state(state, matrices)
+
+
+def _masked(index: int, matrices: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    matrix = matrices[index].double()
+    if not masks or masks[index].numel() == 0:
+        return matrix
+    return torch.where(masks[index], matrix, 0.0)
+
+
+def _last(index: int, matrix: Tensor, structures: Sequence[Tensor], structural: bool) -> Tensor:
+    """(1,) index of σ_r; -1 where r = 0."""
+    if structural and structures and structures[index].numel() > 0:
+        return structures[index][:1] - 1
+    return torch.full((1,), min(matrix.shape) - 1, device=matrix.device)
+
+
+def _ends(values: Tensor, last: Tensor, shape: torch.Size) -> Tensor:
+    """(2,) largest and r-th of the descending values; what is below rounding is 0."""
+    floor = max(shape) * 2 * _UNIT * values[0]
+    smallest = values.index_select(0, last.clamp(min=0)).squeeze(0)
+    smallest = torch.where((smallest > floor) & (last[0] >= 0), smallest, 0.0)
+    finite = torch.isfinite(values[0])
+    return torch.stack([values[0], torch.where(finite, smallest, values[0])])
+
+
+def reference(
+    matrices: Sequence[Tensor],
+    masks: Sequence[Tensor] = (),
+    structures: Sequence[Tensor] = (),
+    structural: bool = False,
+) -> Tensor:
+    """(2, L) σ_max and σ_min by a float64 SVD, differentiable where the values are simple."""
+    columns = []
+    for index in range(len(matrices)):
+        w = _masked(index, matrices, masks)
+        finite = torch.isfinite(w).all()
+        values = torch.linalg.svdvals(torch.where(finite, w, 0.0))
+        values = torch.where(finite, values, torch.nan)
+        last = _last(index, w, structures, structural)
+        columns.append(_ends(values, last, w.shape))
+    return torch.stack(columns, dim=1)
+
+
+def _mean_outer_product(tall: Tensor, value: Tensor, svd: Any, tie_tol: float) -> Tensor:
+    """Mean of u vᵀ over the values tied with `value`; its derivative is perturbation theory's.
+
+    V is the SVD's V plus its first-order change with A, so that no derivative divides by the
+    difference of tied values, which is where differentiating an SVD gives NaN.
+    """
+    s, v = svd.S, svd.Vh.mT
+    tied = (s - value).abs() <= tie_tol * value
+    gram = tall.mT @ tall
+    gaps = s[None, :] ** 2 - s[:, None] ** 2
+    separate = tied[None, :] & ~tied[:, None]
+    inverse_gaps = torch.where(separate, 1 / torch.where(separate, gaps, 1.0), 0.0)
+    moved = v + v @ ((v.mT @ (gram - gram.detach()) @ v) * inverse_gaps)
+    u = tall @ moved
+    lengths = torch.where(tied, torch.linalg.vector_norm(u, dim=0), 1.0)
+    weights = torch.where(tied & (value > 0), 1 / torch.where(value > 0, lengths, 1.0), 0.0)
+    return (u * weights) @ moved.mT / tied.sum().clamp(min=1)
+
+
+def reference_backward(
+    grad_sigma: Tensor,
+    matrices: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    structures: Sequence[Tensor],
+    structural: bool,
+    tie_tol: float,
+) -> list[Tensor]:
+    """Gradient of `reference` with ties averaged, itself differentiable once."""
+    gradients = []
+    for index, matrix in enumerate(matrices):
+        w = _masked(index, matrices, masks)
+        tall = w if w.shape[0] >= w.shape[1] else w.mT
+        finite = torch.isfinite(w.detach()).all()
+        svd = torch.linalg.svd(torch.where(finite, tall.detach(), 0.0), full_matrices=False)
+        ends = _ends(svd.S, _last(index, w, structures, structural), w.shape)
+        gradient = sum(
+            grad_sigma[end, index] * _mean_outer_product(tall, ends[end], svd, tie_tol)
+            for end in (0, 1)
+        )
+        gradient = gradient if w.shape[0] >= w.shape[1] else gradient.mT
+        gradient = torch.where(finite, gradient, torch.nan)
+        if masks and masks[index].numel() > 0:
+            gradient = torch.where(masks[index], gradient, 0.0)
+        gradients.append(gradient.to(matrix.dtype))
+    return gradients
+
+
+@torch.library.register_fake("tscnc_kernels::structural_rank")
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty((1 + mask.shape[0] + mask.shape[1],), dtype=torch.int64)
+
+
+@torch.library.register_fake("tscnc_kernels::extreme_singular_values")
+def _(
+    matrices: list[Tensor],
+    masks: list[Tensor],
+    structures: list[Tensor],
+    state: Tensor | None,
+    structural: bool,
+    tie_tol: float,
+    power: bool,
+    certify: bool,
+) -> Raw:
+    count = len(matrices)
+    rows, cols = (sum(matrix.shape[side] for matrix in matrices) for side in (0, 1))
+    smaller = sum(min(matrix.shape) for matrix in matrices)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return matrices[0].new_empty(shape, dtype=dtype)
+
+    return (
+        empty(2, count),
+        empty(2, rows),
+        empty(2, cols),
+        empty(2 * MAX_TIES, smaller),
+        empty(count, dtype=torch.int64),
+        empty(count, 2),
+        empty(count, dtype=torch.int64),
+        empty(count, 2, dtype=torch.int64),
+        empty(count if certify else 0, 3, 2),
+    )
+
+
+@torch.library.register_fake("tscnc_kernels::extreme_singular_values_backward")
+def _(
+    grad_sigma: Tensor,
+    matrices: list[Tensor],
+    masks: list[Tensor],
+    sigma: Tensor,
+    left: Tensor,
+    right: Tensor,
+    block: Tensor,
+    ties: Tensor,
+) -> list[Tensor]:
+    return [torch.empty_like(matrix) for matrix in matrices]
+
+
+_native = torch.ops.tscnc_kernels
+for _name in ("extreme_singular_values", "extreme_singular_values_backward"):
+    register_loop_vmap(_name, getattr(_native, _name))
+
+
+def _run(
+    matrices: list[Tensor],
+    masks: list[Tensor],
+    structures: list[Tensor],
+    state: Tensor | None,
+    settings: _Settings,
+    backend: str,
+) -> Raw:
+    if backend == "native":
+        raw: Raw = _native.extreme_singular_values(matrices, masks, structures, state, *settings)
+        return raw
+    masked = [_masked(index, matrices, masks) for index in range(len(matrices))]
+    lasts = [_last(i, w, structures, settings.structural) for i, w in enumerate(masked)]
+    sigma = reference(matrices, masks, structures, settings.structural)
+    return pack_reference(masked, sigma, lasts, settings.tie_tol, settings.certify)
+
+
+class ExtremeSingularValuesFunction(torch.autograd.Function):
+    """Differentiates sigma alone; the vectors and all else come out without gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        settings: _Settings, backend: str, count: int, state: Tensor | None, *tensors: Tensor
+    ) -> Raw:
+        matrices, masks, structures = _thirds(tensors, count)
+        return _run(matrices, masks, structures, state, settings, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        ctx.settings, ctx.backend, ctx.count, _, *tensors = inputs
+        sigma, left, right, block, *rest = output
+        ctx.tensors = len(tensors)
+        ctx.save_for_backward(*tensors, sigma, left, right, block, rest[3])
+        ctx.mark_non_differentiable(left, right, block, *rest)
+
+    @staticmethod
+    def backward(ctx, grad_sigma, *_):  # type: ignore[no-untyped-def]
+        tensors, forward = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+        matrices, masks, structures = _thirds(tensors, ctx.count)
+        if ctx.backend == "reference" or torch.is_grad_enabled():
+            structural, tie_tol, *_ = ctx.settings
+            gradients = reference_backward(
+                grad_sigma, matrices, masks, structures, structural, tie_tol
+            )
+        else:
+            gradients = _native.extreme_singular_values_backward(
+                grad_sigma.contiguous(), matrices, masks, *forward
+            )
+        return None, None, None, None, *gradients, *([None] * (ctx.tensors - ctx.count))
+
+
+def _thirds(
+    tensors: Sequence[Tensor], count: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Matrices, masks and structures, which travel through autograd side by side."""
+    parts = list(tensors)
+    return parts[:count], parts[count : 2 * count], parts[2 * count :]
+
+
+def extreme_singular_values(
+    matrices: Sequence[Tensor],
+    patterns: Sequence[Pattern | None] | None = None,
+    state: Tensor | None = None,
+    *,
+    rank: Literal["full", "structural"] = "full",
+    tie_tol: float = 1e-4,
+    method: Literal["auto", "power"] = "auto",
+    certify: bool = False,
+    backend: str | None = None,
+) -> ExtremeSingularValues:
+    """Largest and smallest singular value, with their vectors, of every matrix of a list.
+
+    σ_max = max ‖A v‖ and σ_min = σ_r over ‖v‖ = 1, A = W or W∘M; κ = σ_max / σ_min is infinite
+    where σ_min is 0. The promised relative error is 1e-3 for σ_max, and for σ_min up to κ = 1e6
+    (1e-2 at 1e7).
+
+    Args:
+        matrices: L tensors of shapes (rows_i, cols_i), each float32, float64, bfloat16 or float16,
+            on one device.
+        patterns: one `SparsityPattern` or None per matrix; W∘M is computed, whatever W holds off
+            the mask. A pattern of more dimensions is taken as (shape[0], rest). None: the matrices
+            as they are.
+        state: the `state` of an earlier call on matrices of these shapes, a warm start: (4, Σ
+            min(rows_i, cols_i)) float64, two vectors per end. It is not changed.
+        rank: "full": σ_min at r = min(rows_i, cols_i), 0 when the matrix is rank deficient.
+            "structural": dead rows and columns are removed and r is the structural rank, the
+            largest that the pattern allows.
+        tie_tol: singular values within this relative distance of the extreme one count as tied with
+            it, and the gradient is the mean over them (at most 16).
+        method: "auto", or "power" for power iteration and inverse power iteration, the classic
+            baseline.
+        certify: also compute `bounds`, which costs up to a few more factorisations.
+        backend: "native" or "reference"; None chooses.
+
+    Returns:
+        NamedTuple of
+        sigma_max, sigma_min: (L,) float64 if any matrix is float64, else float32; NaN where a
+            matrix holds NaN or infinite entries.
+        u_max, v_max, u_min, v_min: L vectors of length rows_i or cols_i in that dtype, zero at dead
+            rows and columns under rank="structural"; u is zero where σ is.
+        rank: (L,) int64, the rank r whose σ_r is `sigma_min`.
+        residual: (L, 2) float64, ‖Aᵀu − σv‖ at both ends: some singular value lies this close to σ.
+        flags: (L,) int64 bits RANK_DEFICIENT = 1, SHIFTED = 2, CAP_REACHED = 4 (the promised error
+            may be missed), REFACTORED = 8 (for information).
+        state: start for the next call, new.
+        bounds: None, or certified intervals of sigma_max, sigma_min and kappa, each (L, 2) float64.
+
+    Raises:
+        ValueError: empty list or matrix, not 2 dimensions, several devices, a pattern or state of
+            another shape, rank="structural" without patterns, unknown rank or method, tie_tol
+            outside [0, 1).
+        TypeError: not a list of tensors, a dtype that is not supported.
+        RuntimeError: the backend cannot run here.
+
+    Autograd: sigma_max and sigma_min, to second order; the vectors carry no gradient. Autocast
+    changes nothing.
+
+    Determinism: start vectors are counter-based; equal inputs give equal bits for any number of
+    threads.
+    """
+    _check(matrices, patterns, state, rank, tie_tol, method)
+    chosen = _backend.select("extreme_singular_values", matrices[0].device, backend)
+    dense = [matrix.contiguous() for matrix in matrices]
+    masks: list[Tensor] = []
+    structures: list[Tensor] = []
+    if patterns is not None:
+        masks = [mask_of(i, p, w) for i, (p, w) in enumerate(zip(patterns, dense, strict=True))]
+        pairs = zip(patterns, masks, strict=True)
+        structures = [structure_of(pattern, mask) for pattern, mask in pairs]
+    settings = _Settings(rank == "structural", float(tie_tol), method == "power", certify)
+    start = None if state is None else state.detach().contiguous()
+    if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in dense):
+        raw = ExtremeSingularValuesFunction.apply(  # type: ignore[no-untyped-call]
+            settings, chosen, len(dense), start, *dense, *masks, *structures
+        )
+    else:
+        raw = _run(dense, masks, structures, start, settings, chosen)
+    return unpack(raw, dense)
