@@ -25,6 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.logdet_gram import logdet_gram_float64
 from tscnc_kernels.sparsity import SparsityPattern
 
@@ -144,8 +145,6 @@ def _from_singular_values(
     form: Form,
     tau: float,
 ) -> Tensor:
-    from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
-
     found = extreme_singular_values(
         matrices, patterns, state, rank="full" if patterns is None else "structural"
     )
