@@ -20,6 +20,7 @@ results do not depend on threads.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from tscnc_kernels import _backend
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._vmap import register_loop_vmap
+from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Native first: benchmarks/results/*/masked_linear.csv.
@@ -167,7 +169,7 @@ def reference_backward(
     pattern: SparsityPattern,
     activation: str = "none",
     dense_grad: bool = False,
-    needs: tuple[bool, bool, bool] = (True, True, True),
+    needs: Sequence[bool] = (True, True, True),
 ) -> Gradients:
     """Gradients of `reference` for a 2-d input, themselves differentiable.
 
@@ -250,7 +252,7 @@ def _backward(
     weight: Tensor,
     pattern: SparsityPattern,
     options: _Options,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> Gradients:
     """First derivatives; `saved` is Y for relu and Z for gelu."""
     activation, dense_grad = options.activation, options.dense_grad
@@ -288,7 +290,7 @@ class MaskedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
         saved, input, weight, bias, *index = ctx.saved_tensors
-        options, needs = ctx.options, ctx.needs_input_grad[:3]
+        options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
         pattern = SparsityPattern(options.shape, *index)
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
