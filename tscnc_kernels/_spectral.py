@@ -158,7 +158,7 @@ def _certify(w: Tensor, sigma: Tensor, last: Tensor) -> Tensor:
     # Beside a null space one vector bounds nothing from above.
     above = torch.where(last[0] < n - 1, largest[1], sigma[1] + off)
     smallest = torch.stack([lower * (1 - 4 * _UNIT), above])
-    return torch.stack([largest, smallest, largest / smallest.flip(0)])
+    return torch.stack([largest, smallest, (largest / smallest.flip(0)).clamp(min=1)])
 
 
 def pack_reference(

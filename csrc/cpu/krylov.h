@@ -13,6 +13,8 @@
 namespace tscnc::TSCNC_ISA {
 
 constexpr int64_t kMaxBasis = 48;
+// An error this small that no longer shrinks is rounding.
+constexpr double kStallError = 1e-12;
 
 // Pseudo-random in (-1, 1) from a counter (SplitMix64): the same for every run, thread and list
 // position.
@@ -86,9 +88,12 @@ class KrylovSpace {
       ++applied;
       const bool full = size_ == n_, capped = applied >= options.max_blocks;
       if (size_ == limit || size_ >= next_check || capped) {
-        next_check = size_ + (size_ / 3 > 4 ? size_ / 3 : 4);
+        next_check = check_after(size_);
+        const double before = result.error;
         result = assess(options, full);
-        const bool converged = full || result.error <= options.tolerance;
+        // Rounding may keep a very small tolerance out of reach.
+        const bool stalled = result.error <= kStallError && result.error > before / 2;
+        const bool converged = full || stalled || result.error <= options.tolerance;
         if (capped || full) break;
         if (converged && applied >= probe_until) {
           if (first_done == 0) first_done = applied;
@@ -102,7 +107,7 @@ class KrylovSpace {
         if (size_ == limit) {
           rotate(limit / 2, basis_);
           restart(limit / 2);
-          next_check = size_ + 4;
+          next_check = check_after(size_ - size_ / 4);
         }
       }
     }
@@ -113,6 +118,12 @@ class KrylovSpace {
 
  private:
   double* row(int64_t i) { return basis_ + i * ld_; }
+
+  // Looking at the Ritz values costs size^3, a step size * n and the operator: small matrices look less often.
+  int64_t check_after(int64_t size) const {
+    const int64_t more = n_ < 256 ? 3 * size / 4 : size / 3;
+    return size + (more > 4 ? more : 4);
+  }
 
   // Appends the block w to the basis, applies the operator, and leaves the remainder in w.
   template <class Apply>

@@ -331,7 +331,8 @@ def extreme_singular_values(
         u_max, v_max, u_min, v_min: L vectors of length rows_i or cols_i in that dtype, zero at dead
             rows and columns under rank="structural"; u is zero where σ is.
         rank: (L,) int64, the rank r whose σ_r is `sigma_min`.
-        residual: (L, 2) float64, ‖Aᵀu − σv‖ at both ends: some singular value lies this close to σ.
+        residual: (L, 2) float64, √(‖Wv − σu‖² + ‖Wᵀu − σv‖²) at both ends: some singular value
+            lies this close to σ.
         flags: (L,) int64 bits RANK_DEFICIENT = 1, SHIFTED = 2, CAP_REACHED = 4 (the promised error
             may be missed), REFACTORED = 8 (for information).
         state: start for the next call, new.
