@@ -369,6 +369,9 @@ def masked_linear(
             SparsityPattern.
         RuntimeError: the backend or the algorithm cannot run here.
 
+    NaN: the panel algorithm does not read an input that no kept weight multiplies, so that NaN or
+    infinity there stays out of the result; a dense product would spread it.
+
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
         are cast as for
     F.linear. Determinism: the panel algorithm gives the same bits every run and for any number of
