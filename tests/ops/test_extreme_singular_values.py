@@ -5,20 +5,13 @@ import pytest
 import torch
 
 from tests.op_suite import OpSpec, OpSuite, check_close
-from tscnc_kernels import extreme_singular_values
+from tscnc_kernels import SparsityPattern, extreme_singular_values
 from tscnc_kernels._spectral import CAP_REACHED, MAX_TIES, RANK_DEFICIENT, REFACTORED
 from tscnc_kernels.ops.extreme_singular_values import reference
 
 # σ and κ of [[1, 2], [3, 4], [5, 6]].
 GOLDEN = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
 GOLDEN_SIGMA = (9.52551809, 0.51430058)
-
-
-class FixedPattern:
-    """A mask and nothing else, which is all that the op reads of a pattern."""
-
-    def __init__(self, mask):
-        self.mask = mask
 
 
 def values(matrices, patterns=None, **kwargs):
@@ -37,7 +30,7 @@ def several(make):
 
 def pruned(make):
     mask = torch.arange(12 * 7).reshape(12, 7) % 3 > 0
-    return ([make(12, 7)], [FixedPattern(mask)]), {}
+    return ([make(12, 7)], [SparsityPattern.from_mask(mask)]), {}
 
 
 def raw_calls():
@@ -162,7 +155,7 @@ def test_odd_sizes_beyond_the_krylov_basis_match_the_reference(isa, dtype):
 def test_pruned_matrices_equal_their_dense_product(density, shape):
     mask = torch.rand(*shape, generator=torch.Generator().manual_seed(3)) < density
     weight = gaussian(*shape).masked_fill(~mask, math.nan)
-    pattern = FixedPattern(mask)
+    pattern = SparsityPattern.from_mask(mask)
     s = exact(weight.nan_to_num(), mask)
     numerical_rank = int((s > 1e-12 * s[0]).sum())
     structural = extreme_singular_values([weight], [pattern], rank="structural")
@@ -197,7 +190,9 @@ def test_structural_rank_counts_what_any_values_can_reach():
 @pytest.mark.parametrize("rank", ["full", "structural"])
 def test_all_pruned_matrix_is_zero(rank):
     weight, mask = gaussian(4, 6).requires_grad_(), torch.zeros(4, 6, dtype=torch.bool)
-    result = extreme_singular_values([weight], [FixedPattern(mask)], rank=rank, certify=True)
+    result = extreme_singular_values(
+        [weight], [SparsityPattern.from_mask(mask)], rank=rank, certify=True
+    )
     assert result.sigma_max.item() == 0 and result.sigma_min.item() == 0
     assert result.rank.item() == (4 if rank == "full" else 0)
     assert result.flags.item() & RANK_DEFICIENT
@@ -221,6 +216,14 @@ def test_rank_deficiency_gives_zero_never_a_plausible_number(copies):
     assert (result.u_min[0] == 0).all()
     (gradient,) = torch.autograd.grad(result.sigma_min.sum(), matrix)
     assert (gradient == 0).all()
+
+
+def test_a_convolution_pattern_is_taken_as_its_matrix():
+    mask = torch.rand(8, 3, 2, 2, generator=torch.Generator().manual_seed(4)) < 0.5
+    weight, pattern = gaussian(8, 12), SparsityPattern.from_mask(mask)
+    result = extreme_singular_values([weight], [pattern])
+    s = exact(weight, mask.reshape(8, 12))
+    assert result.sigma_max.item() == pytest.approx(s[0].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -279,7 +282,7 @@ def test_tie_tolerance_decides_what_is_tied():
 
 def test_gradient_is_zero_off_the_mask_and_ignores_what_lies_there():
     mask = torch.rand(30, 20, generator=torch.Generator().manual_seed(5)) < 0.4
-    pattern = FixedPattern(mask)
+    pattern = SparsityPattern.from_mask(mask)
     gradients = []
     for fill in (0.0, 7.0, math.nan):
         weight = gaussian(30, 20).masked_fill(~mask, fill).requires_grad_()
@@ -337,7 +340,7 @@ def test_a_useless_state_does_no_harm(fill):
 def test_removed_rows_can_turn_a_matrix_round():
     mask = torch.zeros(9, 7, dtype=torch.bool)
     mask[:4] = torch.rand(4, 7, generator=torch.Generator().manual_seed(2)) < 0.9
-    pattern, weight = FixedPattern(mask), gaussian(9, 7).requires_grad_()
+    pattern, weight = SparsityPattern.from_mask(mask), gaussian(9, 7).requires_grad_()
     s = exact(weight.detach(), mask)
     state = None
     for _ in range(2):
@@ -374,17 +377,24 @@ def test_certified_bounds_of_a_deficient_matrix_are_honest():
 
 
 def test_power_iteration_flags_what_it_does_not_reach():
-    # The gap of the two leading values is 1e-6: far too many steps.
-    matrix = with_spectrum(100, 70, np.concatenate([[1.0, 1 - 1e-6], np.linspace(0.9, 0.1, 68)]))
-    result = extreme_singular_values([matrix], method="power")
-    assert result.sigma_max.item() == pytest.approx(1.0, rel=1e-3)
-    assert result.sigma_min.item() == pytest.approx(exact(matrix)[-1].item(), rel=1e-3)
+    slow = with_spectrum(300, 200, np.linspace(0.99, 1, 200))
+    quick = with_spectrum(60, 40, np.geomspace(1, 1e3, 40))
+    result = extreme_singular_values([slow, quick], method="power")
+    assert result.flags[0].item() & CAP_REACHED and result.flags[1].item() == 0
+    # Never above the largest value, never below the smallest.
+    s = exact(slow)
+    assert 0.99 * s[0] <= result.sigma_max[0] <= s[0] * (1 + 1e-6)
+    assert result.sigma_min[0] >= s[-1] * (1 - 1e-6)
+    assert result.sigma_max[1].item() == pytest.approx(exact(quick)[0].item(), rel=1e-6)
+    assert result.sigma_min[1].item() == pytest.approx(exact(quick)[-1].item(), rel=1e-6)
 
 
 def test_mixed_list_is_float64_and_patterns_may_be_missing():
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     matrices = [gaussian(6, 4, dtype=torch.bfloat16), gaussian(5, 5, dtype=torch.float64)]
-    result = extreme_singular_values(matrices, [None, FixedPattern(mask)], rank="structural")
+    result = extreme_singular_values(
+        matrices, [None, SparsityPattern.from_mask(mask)], rank="structural"
+    )
     assert result.sigma_max.dtype == torch.float64 and result.u_max[0].dtype == torch.float64
     assert [len(u) for u in result.u_max] == [6, 5] and [len(v) for v in result.v_min] == [4, 5]
     for i, s in enumerate((exact(matrices[0]), exact(matrices[1], mask))):
@@ -404,7 +414,12 @@ def test_mixed_list_is_float64_and_patterns_may_be_missing():
         (ValueError, "got 'qr'", ([GOLDEN],), {"method": "qr"}),
         (ValueError, "got -1", ([GOLDEN],), {"tie_tol": -1}),
         (ValueError, "got 0 for 1", ([GOLDEN], []), {}),
-        (ValueError, r"got \(2, 3\)", ([GOLDEN], [FixedPattern(torch.ones(2, 3).bool())]), {}),
+        (
+            ValueError,
+            r"got \(2, 3\)",
+            ([GOLDEN], [SparsityPattern.from_mask(torch.ones(2, 3).bool())]),
+            {},
+        ),
         (TypeError, "got object", ([GOLDEN], [object()]), {}),
         (ValueError, r"got \(4, 3\)", ([GOLDEN], None, torch.zeros(4, 3).double()), {}),
         (TypeError, "got torch.float32", ([GOLDEN], None, torch.zeros(4, 2)), {}),
