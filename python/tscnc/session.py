@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tscnc_kernels.nn import sparsify
 
 from tscnc import models
 from tscnc.checkpoint import pack_mask, unpack_mask
 from tscnc.config import TrainConfig
 from tscnc.data import Dataset
 from tscnc.run_folder import RunFolderError
+from tscnc_kernels.nn import sparsify
 
 # Each use of randomness has its own stream, so that one of them drawing more does not change the
 # others.
@@ -72,13 +72,13 @@ class Session:
     def start_phase(self, number: int) -> None:
         """Moves to the start of a phase, with a fresh optimizer."""
         self.phase, self.epoch = number, 0
-        self.optimizer = _optimizer(self.model, self.config)
+        self.optimizer = make_optimizer(self.model, self.config)
 
     def prune(self, masks: dict[str, Tensor]) -> None:
         """Replaces the named layers by masked ones that hold only the kept values."""
         sparsify(self.model, masks, mode="values")
         self.masks = masks
-        self.optimizer = _optimizer(self.model, self.config)
+        self.optimizer = make_optimizer(self.model, self.config)
 
     def state(self) -> dict[str, Any]:
         """Returns everything that `load_state` needs, as tensors and plain values."""
@@ -130,7 +130,7 @@ class Session:
             )
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Returns the optimizer; every step sets its learning rate; weight decay is in the loss."""
     if config.optimizer == "adam":
         return torch.optim.Adam(model.parameters(), lr=config.lr, betas=(config.momentum, 0.999))

@@ -23,6 +23,7 @@ from tscnc.attacks import ThreatModel, pgd
 from tscnc.checkpoint import save_checkpoint
 from tscnc.config import TrainConfig
 from tscnc.files import write_json
+from tscnc.measure import checkpoint_metadata
 from tscnc.optional import require
 from tscnc.penalties import penalty_terms
 from tscnc.run_folder import RunFolder
@@ -197,11 +198,7 @@ def _accuracies(session: Session) -> dict[str, float]:
 def _conclude(session: Session, folder: RunFolder) -> None:
     """Writes the checkpoint, the results, which mark a run as complete, and the report."""
     config, dataset, model = session.config, session.dataset, session.model
-    metadata = {
-        "config": dataclasses.asdict(config),
-        "input_shape": list(dataset.input_shape),
-        "num_classes": dataset.num_classes,
-    }
+    metadata = checkpoint_metadata(dataset, config)
     save_checkpoint(folder.checkpoint, model, session.masks, metadata)
     progress.say("evaluating")
     results = evaluate.evaluate_run(

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from torch import Tensor, nn
-from tscnc_kernels.nn import sparsify
 
 from tscnc import evaluate, models, spectrum
 from tscnc.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
@@ -15,6 +14,7 @@ from tscnc.config import TrainConfig
 from tscnc.files import write_json
 from tscnc.run_folder import RunFolder, RunFolderError
 from tscnc.train import load_dataset
+from tscnc_kernels.nn import sparsify
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,6 +157,28 @@ def test_odd_sizes(size, isa):
         check_close(a, e, 1e-12, "gradient")
 
 
+@pytest.mark.parametrize("batch", [5, 40, 300])
+def test_same_bits_for_any_thread_count_where_threads_are_used(batch):
+    """Few samples are split by rows of the weight, many by panels."""
+    kept = pattern(400, 700, "skewed")
+    input, weight, bias = torch.randn(batch, 700), torch.randn(400, 700), torch.randn(400)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            output, found = gradients(
+                lambda x, w, b: masked_linear(x, w, kept, b, "relu", algorithm="panel"),
+                *(input, weight, bias),
+            )
+            runs.append([output, *found])
+    finally:
+        torch.set_num_threads(threads)
+    check_close(runs[0][0], F.relu(F.linear(input, weight * kept.mask, bias)), 1e-4, "value")
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert torch.equal(a, b)
+
+
 LAYOUTS = {
     "transposed": lambda t: t.t().contiguous().t(),
     "every_other_column": lambda t: torch.stack([t, t + 1], -1).reshape(t.shape[0], -1)[:, ::2],

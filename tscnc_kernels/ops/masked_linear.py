@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tscnc_kernels import _backend
-from tscnc_kernels._autocast import autocast
+from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels.sparsity import SparsityPattern
 
@@ -381,7 +381,10 @@ def masked_linear(
     F.linear. Determinism: the panel algorithm gives the same bits every run and for any number of
     threads.
     """
-    input, weight, bias = (autocast(tensor) for tensor in (input, weight, bias))
+    dtype = autocast_dtype(pattern.device) if isinstance(pattern, SparsityPattern) else None
+    if dtype is not None:
+        input, weight = cast(input, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
     _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
     chosen = _backend.select("masked_linear", input.device, backend)
     algorithm = choose_algorithm(pattern, chosen, algorithm)
