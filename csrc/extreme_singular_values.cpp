@@ -116,16 +116,16 @@ double cost(const SpectralMatrix& a) {
   return static_cast<double>(a.mask ? a.nnz : a.rows * a.cols) * n + n * n * n;
 }
 
-// Runs the jobs longest first. Slot k starts with the k-th job and then takes the next one left, so its workspace
-// has to hold that job and the largest of those behind the first round, not the largest of all.
+// Runs the jobs longest first. Slot k starts with the k-th job and then takes the next one left, so
+// its workspace has to hold that job and the largest of those behind the first round, not the
+// largest of all.
 template <class Run>
 void run_jobs(const std::vector<Job>& jobs, const Run& run) {
   const auto workspace_size = TSCNC_SELECT(extreme_singular_values_workspace);
   std::vector<size_t> order(jobs.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return cost(jobs[a].matrix) > cost(jobs[b].matrix);
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return cost(jobs[a].matrix) > cost(jobs[b].matrix); });
   const size_t slots = std::min<size_t>(torch::stable::get_num_threads(), jobs.size());
   int64_t largest_behind = 0;
   for (size_t at = slots; at < order.size(); ++at) {
