@@ -56,6 +56,7 @@ def _page(folder: RunFolder, results: Mapping[str, Any]) -> str:
         lead=f'<p class="lead">{tables.judgement(rows)}</p>' if judged else "",
         cards=_cards(runs),
         table=tables.measurements(rows, runs, judged=judged),
+        width="narrow" if len(runs) == 1 else "",
         footnote=escape(_footnote(runs[-1].results)),
         legend=_legend(runs),
         figures=_figures(runs),

@@ -153,7 +153,7 @@ def lines(
             axes.set_yticks(ticks)
             axes.set_yticklabels(map(power_of_ten, ticks))
         axes.set_xlabel(x_label)
-        axes.locator_params(axis="x", nbins=6)
+        axes.locator_params(axis="x", nbins=6, integer=x_label == "epoch")
 
     return _draw(draw, describe)
 
@@ -198,14 +198,19 @@ def without_rounding(values: Sequence[float]) -> list[float]:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Returns the ticks of a logarithmic axis: powers of ten, or 1, 2, 5 times these if few fit."""
+    """Returns the ticks of a logarithmic axis: powers of ten, or multiples of them if few fit."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     inside = [k for k in range(first, last + 1) if low * 0.999 <= 10.0**k <= high * 1.001]
     if len(inside) > 1:
         step = math.ceil(len(inside) / _MOST_TICKS)
         return [10.0**k for k in inside[::-1][::step][::-1]]
-    ticks = [m * 10.0**k for k in range(first, last + 1) for m in (1, 2, 5)]
-    return [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001] or [low]
+    ticks = [low]
+    for multiples in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        every = [m * 10.0**k for k in range(first, last + 1) for m in multiples]
+        ticks = [tick for tick in every if low * 0.999 <= tick <= high * 1.001] or ticks
+        if len(ticks) > 2:
+            break
+    return ticks
 
 
 def power_of_ten(value: float) -> str:
