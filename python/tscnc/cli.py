@@ -19,7 +19,7 @@ from tscnc import progress
 from tscnc.config import ConfigError, TrainConfig
 
 # Chosen so that the three runs of the demo and their reports take a few minutes on two cores.
-DEMO = TrainConfig(epochs=10, finetune_epochs=20, cnc_every=8)
+DEMO = TrainConfig(epochs=12, finetune_epochs=24, cnc_every=8)
 
 _RUNS = Path("runs")
 _DRY_RUN_STEPS = 2
