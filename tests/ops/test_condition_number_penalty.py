@@ -202,8 +202,22 @@ def test_autocast_changes_nothing(form):
 def test_compiles_to_one_graph(form):
     matrices = [torch.randn(6, 4), torch.randn(3, 5)]
     expected = condition_number_penalty(matrices, form=form)
+    torch._dynamo.reset()
     compiled = torch.compile(condition_number_penalty, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(matrices, form=form), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_call_follows_a_changed_pattern(form):
+    weight = torch.randn(6, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(condition_number_penalty, fullgraph=True, backend="aot_eager")
+    for dead in (1, 2, 5):
+        mask = torch.ones(6, 4, dtype=torch.bool)
+        mask[dead:] = False
+        arguments = [weight], [SparsityPattern.from_mask(mask)]
+        expected = condition_number_penalty(*arguments, form=form)
+        torch.testing.assert_close(compiled(*arguments, form=form), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
