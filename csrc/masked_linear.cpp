@@ -251,6 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
       grad_input = input_gradient<T>({rows, transposed, data<int32_t>(permutation)}, weight,
                                      gradient, input);
     }
+    if (!needs_weight && !needs_bias) return;
     std::tie(grad_weight, grad_bias) =
         weight_gradient<T>(rows, weight, gradient, input, needs_weight, needs_bias);
   });

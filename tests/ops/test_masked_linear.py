@@ -275,6 +275,34 @@ def test_rule_is_sparse_below_the_stated_density():
     assert op.choose_algorithm(above, "native", "panel") == "panel"
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("asked", [("input",), ("weight",), ("input", "weight")])
+def test_backward_computes_what_the_pass_asks_for(asked, bias, monkeypatch):
+    """An attack differentiates the input alone; the weight requires a gradient all the same."""
+    seen = []
+    backward = op._backward
+    monkeypatch.setattr(op, "_backward", lambda *args: seen.append(args[-1]) or backward(*args))
+    kept = pattern(8, 6)
+    tensors = {
+        "input": torch.randn(4, 6, requires_grad=True),
+        "weight": torch.randn(8, 6, requires_grad=True),
+    }
+    offset = torch.randn(8, requires_grad=True) if bias else None
+    hidden = 2 * tensors["input"]
+    output = masked_linear(hidden, tensors["weight"], kept, offset, algorithm="panel")
+    expected = F.linear(hidden, tensors["weight"] * kept.mask, offset)
+    wanted = [tensors[name] for name in asked]
+    for a, e in zip(
+        torch.autograd.grad(output.sum(), wanted, retain_graph=True),
+        torch.autograd.grad(expected.sum(), wanted, retain_graph=True),
+        strict=True,
+    ):
+        check_close(a, e, 1e-5, "gradient")
+    output.sum().backward()
+    assert seen == [["input" in asked, "weight" in asked, False], [True, True, bias]]
+    assert tensors["weight"].grad is not None
+
+
 def test_backward_keeps_only_the_input_for_itself():
     kept = pattern(64, 48)
     input = torch.randn(9, 48, requires_grad=True)
