@@ -329,7 +329,8 @@ def extreme_singular_values(
         sigma_max, sigma_min: (L,) float64 if any matrix is float64, else float32; NaN where a
             matrix holds NaN or infinite entries.
         u_max, v_max, u_min, v_min: L vectors of length rows_i or cols_i in that dtype, zero at dead
-            rows and columns under rank="structural"; u is zero where σ is.
+            rows and columns under rank="structural". Where σ is zero, u is zero, and v is a null
+            vector if rows_i ≥ cols_i, else zero.
         rank: (L,) int64, the rank r whose σ_r is `sigma_min`.
         residual: (L, 2) float64, √(‖Wv − σu‖² + ‖Wᵀu − σv‖²) at both ends: some singular value
             lies this close to σ.
