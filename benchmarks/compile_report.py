@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +53,9 @@ class Usage:
     spill_bytes: int = 0
 
 
-def row(source: str, kernel: str, arch: int, usage: Usage, instructions: tuple[str, ...]) -> Row:
+def make_row(
+    source: str, kernel: str, arch: int, usage: Usage, instructions: tuple[str, ...]
+) -> Row:
     """What the log and the listing say together."""
     return Row(
         source=source,
@@ -136,7 +139,7 @@ def sass(path: Path) -> dict[tuple[str, int], tuple[str, ...]]:
     return parse_sass(run.stdout)
 
 
-def cuda_rows(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> Iterator[Row]:
+def cuda_rows(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> list[Row]:
     """Compiles one .cu file for all architectures."""
     fatbin = folder / f"{source.stem}.fatbin"
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -146,8 +149,11 @@ def cuda_rows(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> It
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
     usages, opcodes = parse_ptxas(run.stderr), sass(fatbin)
-    for (name, arch), kernel in zip(usages, demangle([name for name, _ in usages]), strict=True):
-        yield row(source.name, kernel, arch, usages[name, arch], opcodes.get((name, arch), ()))
+    kernels = demangle([name for name, _ in usages])
+    return [
+        make_row(source.name, kernel, arch, usage, opcodes.get((name, arch), ()))
+        for ((name, arch), usage), kernel in zip(usages.items(), kernels, strict=True)
+    ]
 
 
 def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterator[Row]:
@@ -180,27 +186,29 @@ def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterato
             (usage,) = parse_ptxas(run.stderr).values()
             usage.shared_bytes = max(usage.shared_bytes, kernel.metadata.shared)
             (opcodes,) = sass(cubin).values() or ((),)
-            yield row(f"triton/{module_name}.py", variant.name, arch, usage, opcodes)
+            yield make_row(f"triton/{module_name}.py", variant.name, arch, usage, opcodes)
 
 
 def collect(archs: Sequence[int] = ARCHITECTURES) -> tuple[list[Row], list[str]]:
     """All rows, and notes on what this machine cannot compile."""
     rows: list[Row] = []
     notes: list[str] = []
-    with tempfile.TemporaryDirectory() as name:
+    nvcc = find_nvcc()
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu")) if nvcc else []
+    if nvcc is None:
+        notes.append("nvcc was not found: no CUDA kernel compiled")
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
+        # nvcc works in processes of its own while this one compiles the Triton kernels.
+        jobs = [pool.submit(cuda_rows, source, nvcc or "", archs, folder) for source in sources]
         if importlib.util.find_spec("triton") is None:
             notes.append("triton is not installed: no Triton kernel compiled")
         else:
             package = importlib.import_module("tscnc_kernels.triton")
             for module in pkgutil.iter_modules(package.__path__):
                 rows += triton_rows(module.name, archs, folder)
-        nvcc = find_nvcc()
-        if nvcc is None:
-            notes.append("nvcc was not found: no CUDA kernel compiled")
-        else:
-            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-                rows += cuda_rows(source, nvcc, archs, folder)
+        for job in jobs:
+            rows += job.result()
     return sorted(rows, key=lambda row: (row.source, row.kernel, row.arch)), notes
 
 

@@ -1,12 +1,12 @@
 """From a GPU to tested, measured, committed results, in one command that may be interrupted.
 
-    python -m benchmarks.gpu [--minutes 8] [--output FOLDER] [--fresh]
+    python -m benchmarks.gpu [--minutes 8] [--fresh]
 
 Checks the build, runs on a GPU the suite of every op on CUDA, its benchmarks, and compute-sanitizer
 where it is installed, and compiles every kernel ahead of time. What every step gave is kept in
 `benchmarks/results/<gpu>/state.json`: a second run goes on with the steps that have not passed with
-the present sources. `summary.md` and `summary.csv` are written after every step, so that they are
-there when time runs out. Without a GPU only the steps that need none are run.
+the present sources. `summary.md` is written after every step, so that it is there when time runs
+out. Without a GPU only the steps that need none are run, and their summary is in `build/gpu`.
 """
 
 import argparse
@@ -14,10 +14,9 @@ import csv
 import dataclasses
 import datetime
 import hashlib
-import io
+import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +31,10 @@ SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 KEPT_LINES = 25
 NO_TESTS_COLLECTED = 5
 BUILD = "build"
+# Every tensor its own allocation, so that the sanitizer sees an access beyond its end.
+UNCACHED = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+# Of a results file, the columns that the summary shows; p50 is in milliseconds.
+COLUMNS = ("backend", "mode", "shape", "dtype", "sparsity", "p50", "rate", "unit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Step:
     """A command that passes if its exit status is 0.
 
     limit_s: seconds after which it counts as timed out, so that one step cannot eat the run.
+    variables: environment variables and their values.
     """
 
     name: str
     command: tuple[str, ...]
     limit_s: float = 150.0
+    variables: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,7 @@ def run_step(step: Step, seconds: float, sources: str) -> Outcome:
     limit = min(step.limit_s, seconds)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment |= dict(step.variables)
     start = time.monotonic()
     process = subprocess.Popen(
         step.command,
@@ -126,7 +132,7 @@ class Results:
         return outcome is not None and outcome.status == "passed" and outcome.sources == sources
 
     def record(self, step: Step, outcome: Outcome) -> None:
-        """Keeps an outcome and writes state and summary."""
+        """Keeps an outcome and writes it down."""
         self.outcomes[step.name] = outcome
         self.write()
 
@@ -143,13 +149,9 @@ class Results:
         return table
 
     def write(self) -> None:
-        """Writes state.json, summary.csv and summary.md."""
+        """Writes state.json and summary.md."""
         state = {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()}
         write_atomically(self.folder / "state.json", json.dumps(state, indent=1))
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([("step", "status", "seconds", "last_line"), *self.rows()])
-        write_atomically(self.folder / "summary.csv", text.getvalue())
         write_atomically(self.folder / "summary.md", self.markdown())
 
     def markdown(self) -> str:
@@ -163,8 +165,7 @@ class Results:
             shown = status if status == "passed" else f"**{status}**"
             lines.append(f"| {name} | {shown} | {seconds} | {last_line.replace('|', '/')} |")
         for path in sorted(self.folder.glob("*.csv")):
-            if path.name != "summary.csv":
-                lines += ["", f"## {path.name}", "", *markdown_table(path)]
+            lines += ["", f"## {path.name}", "", *markdown_table(path)]
         for step in self.steps:
             outcome = self.outcomes.get(step.name)
             if outcome is not None and outcome.status != "passed":
@@ -173,13 +174,13 @@ class Results:
 
 
 def markdown_table(path: Path) -> list[str]:
-    """A CSV file as the lines of a Markdown table."""
+    """The main columns of a benchmark's results file as the lines of a Markdown table."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     with open(path, newline="") as file:
-        rows = [[cell.replace("|", "/") for cell in row] for row in csv.reader(file)]
-    if not rows:
-        return []
-    header, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return [header, "|" + "---|" * len(rows[0]), *body]
+        for row in csv.DictReader(file):
+            cells = [row.get(column, "").replace("|", "/") for column in COLUMNS]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def build_step() -> Step:
@@ -204,10 +205,11 @@ def steps_with_gpu(folder: Path) -> list[Step]:
         steps.append(Step(f"test {name}", (*pytest, str(path), "-k", "cuda")))
     steps.append(Step("test triton launchers", (*pytest, str(ROOT / "tests/triton"))))
     for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
-        arguments = ("-m", f"benchmarks.{path.stem}", "--device", "cuda", "--output", str(folder))
-        steps.append(
-            Step(f"benchmark {path.stem.removeprefix('bench_')}", (sys.executable, *arguments))
-        )
+        op = path.stem.removeprefix("bench_")
+        arguments = ("-m", "benchmarks", op, "--device", "cuda", "--save", "--overwrite")
+        steps.append(Step(f"benchmark {op}", (sys.executable, *arguments)))
+    if importlib.util.find_spec("matplotlib"):
+        steps.append(Step("plots", (sys.executable, "-m", "benchmarks.plot", str(folder))))
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck") if sanitizer else ():
         for path in suites:
@@ -215,7 +217,7 @@ def steps_with_gpu(folder: Path) -> list[Step]:
             small = "cuda and native and float32 and float64_reference"
             checked = (sanitizer or "", "--tool", tool, "--error-exitcode", "9")
             command = (*checked, *pytest, str(path), "-k", small)
-            steps.append(Step(f"{tool} {name}", command, limit_s=120))
+            steps.append(Step(f"{tool} {name}", command, 120, UNCACHED))
     return steps
 
 
@@ -236,6 +238,17 @@ def describe_machine() -> dict[str, str]:
     machine["Commit"] = commit
     machine["Date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return machine
+
+
+def results_folder() -> Path:
+    """Where the harness writes this GPU's results; without a GPU, a folder that git ignores."""
+    import torch
+
+    from benchmarks.machine import device_name
+
+    if not torch.cuda.is_available():
+        return ROOT / "build/gpu"
+    return ROOT / "benchmarks/results" / device_name(torch.device("cuda"))
 
 
 def run_steps(results: Results, deadline: float, sources: str) -> bool:
@@ -263,16 +276,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs everything; returns 1 if a step failed, 130 if interrupted, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit of this run")
-    parser.add_argument("--output", type=Path, help="results folder")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
     options = parser.parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     machine = describe_machine()
     gpu = machine.get("GPU")
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") if gpu else ""
-    default = ROOT / "benchmarks/results" / slug if gpu else ROOT / "build/gpu"
-    results = Results((options.output or default).resolve(), machine, options.fresh)
+    results = Results(results_folder(), machine, options.fresh)
     sources = source_digest()
     gpu_steps = steps_with_gpu(results.folder) if gpu else []
     # What needs no GPU can wait where there is one.

@@ -27,6 +27,11 @@ const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
+// Without torch's dispatcher, which costs a microsecond, where there is nothing to convert.
+Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
 void check_index(const Tensor& index, int64_t size, const char* name) {
   STD_TORCH_CHECK(index.is_cpu() && index.is_contiguous() && index.numel() == size &&
                       index.scalar_type() == ScalarType::Int,
@@ -76,7 +81,7 @@ Tensor kept_values(const Tensor& weight, const SparseRows& structure) {
   if (weight.dim() == 1) {
     STD_TORCH_CHECK(weight.is_cpu() && weight.numel() == kept, kOp, ": expected ", kept,
                     " values, got ", weight.numel());
-    return torch::stable::to(torch::stable::contiguous(weight), working);
+    return in_dtype(weight.is_contiguous() ? weight : torch::stable::contiguous(weight), working);
   }
   check_matrix(weight, structure.rows, structure.width, weight.scalar_type(), "weight");
   Tensor values = torch::stable::new_empty(weight, {kept});
@@ -89,7 +94,7 @@ Tensor kept_values(const Tensor& weight, const SparseRows& structure) {
       target[j] = entries[structure.columns[j] * column_stride];
     }
   });
-  return torch::stable::to(values, working);
+  return in_dtype(values, working);
 }
 
 // A dense matrix that is zero where no entry is kept.
@@ -209,8 +214,8 @@ std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Te
       {structure, samples<T>(input), gradient,
        needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
        needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr});
-  values = torch::stable::to(values, input.scalar_type());
-  bias = torch::stable::to(bias, input.scalar_type());
+  values = in_dtype(values, input.scalar_type());
+  bias = in_dtype(bias, input.scalar_type());
   const bool dense = needs_weight && weight.dim() == 2;
   return {dense ? scattered<T>(values, structure) : values, bias};
 }
@@ -246,6 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
       grad_input = input_gradient<T>({rows, transposed, data<int32_t>(permutation)}, weight,
                                      gradient, input);
     }
+    if (!needs_weight && !needs_bias) return;
     std::tie(grad_weight, grad_bias) =
         weight_gradient<T>(rows, weight, gradient, input, needs_weight, needs_bias);
   });

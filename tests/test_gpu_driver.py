@@ -1,6 +1,5 @@
 """The driver of `make gpu`: steps that fail, hang or are interrupted leave a summary behind."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -75,15 +74,16 @@ def test_changed_sources_run_again(tmp_path: Path) -> None:
 def test_steps_without_time_are_summarised_as_not_reached(tmp_path: Path) -> None:
     run(tmp_path, [counting(tmp_path, "step")], seconds=0)
     assert not (tmp_path / "step").exists()
-    with open(tmp_path / "summary.csv", newline="") as file:
-        assert list(csv.reader(file))[1][:2] == ["step", "not reached"]
+    assert "| step | **not reached** |" in (tmp_path / "summary.md").read_text()
 
 
 def test_benchmark_tables_are_part_of_the_summary(tmp_path: Path) -> None:
-    (tmp_path / "my_op.csv").write_text("shape,ms\n4096|1,0.5\n")
-    results = Results(tmp_path, MACHINE, fresh=True)
-    results.write()
-    assert "| shape | ms |\n|---|---|\n| 4096/1 | 0.5 |" in (tmp_path / "summary.md").read_text()
+    header = "op,backend,mode,shape,dtype,sparsity,p50,p20,p80,rate,unit"
+    row = "my_op,native,forward,4096|1,float32,0.9,0.5,0.4,0.6,77,GB/s"
+    (tmp_path / "my_op.csv").write_text(f"{header}\n{row}\n")
+    Results(tmp_path, MACHINE, fresh=True).write()
+    expected = "| native | forward | 4096/1 | float32 | 0.9 | 0.5 | 77 | GB/s |"
+    assert expected in (tmp_path / "summary.md").read_text()
 
 
 def test_last_line_of_the_output_skips_decoration() -> None:
@@ -92,12 +92,14 @@ def test_last_line_of_the_output_skips_decoration() -> None:
 
 INTERRUPTED = """
 import sys
+from pathlib import Path
 from benchmarks import gpu
 
 waiting = f"open({sys.argv[1] + '/up'!r}, 'w').close(); import time; time.sleep(60)"
 gpu.describe_machine = dict
+gpu.results_folder = lambda: Path(sys.argv[1])
 gpu.build_step = lambda: gpu.Step("waits", (sys.executable, "-c", waiting))
-sys.exit(gpu.main(["--output", sys.argv[1]]))
+sys.exit(gpu.main([]))
 """
 
 

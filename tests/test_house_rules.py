@@ -81,6 +81,12 @@ def test_cuda_sources_include_no_torch_header():
     assert [name(p) for p in cuda if pattern.search(p.read_text())] == []
 
 
+def test_every_cuda_source_is_run_without_a_gpu():
+    stems = {path.stem for path in sources(".cu", below=("csrc/cuda",))}
+    tested = {path.stem for path in (ROOT / "tests/cuda").glob("test_*_cuda.py")}
+    assert {f"test_{stem}_cuda" for stem in stems} - tested == set()
+
+
 def test_tested_triton_kernels_are_not_autotuned():
     files = sources(".py", below=("tscnc_kernels/triton",))
     assert [name(p) for p in files if "autotune" in p.read_text()] == []

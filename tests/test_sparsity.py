@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.test_masked_linear import MASKS, make_mask
 from tscnc_kernels import SparsityPattern
-from tscnc_kernels.sparsity import remap
+from tscnc_kernels.sparsity import remap, unpack_reference
 
 # [[1, 0, 1], [0, 0, 0], [0, 1, 1]]
 SMALL = torch.tensor([[True, False, True], [False, False, False], [False, True, True]])
@@ -34,6 +34,7 @@ def test_index_lists_every_kept_entry_in_both_orders(kind, size):
     mask = make_mask(kind, *size)
     pattern = SparsityPattern.from_mask(mask)
     assert torch.equal(pattern.mask, mask)
+    assert torch.equal(unpack_reference(pattern.bits, size), mask)
     rows, columns = mask.nonzero(as_tuple=True)
     assert torch.equal(pattern.columns.long(), columns)
     assert torch.equal(pattern.row_pointers.diff().long(), mask.sum(1))

@@ -1,21 +1,22 @@
 """Autocast at the public boundary of an op that follows F.linear's policy."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 
-def autocast(tensor: Any) -> Any:
-    """The tensor in autocast's dtype where autocast is on, by torch's rule for F.linear.
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on this device, None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
-    float64 and integer tensors stay as they are, and so does what is not a tensor.
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in autocast's dtype.
+
+    What F.linear leaves as it is stays: float64, integers, and what is not a tensor.
     """
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+    if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64:
         return tensor
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return tensor
-    if not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -262,12 +262,16 @@ def remap(values: Tensor, mapping: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    rows, width = shape[0], math.prod(shape[1:])
-    if bits.device.type == "cpu":
-        mask: Tensor = _native.sparsity_unpack(bits.contiguous(), rows, width)
-        return mask.reshape(shape)
+    if bits.device.type != "cpu":
+        return unpack_reference(bits, shape)
+    mask: Tensor = _native.sparsity_unpack(bits.contiguous(), shape[0], math.prod(shape[1:]))
+    return mask.reshape(shape)
+
+
+def unpack_reference(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask of packed bits in plain torch, for any device."""
     spread = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (spread & 1).bool().flatten()[: rows * width].reshape(shape)
+    return (spread & 1).bool().flatten()[: math.prod(shape)].reshape(shape)
 
 
 @torch.library.register_fake("tscnc_kernels::sparsity_build")

@@ -147,9 +147,10 @@ class Writer {
       // Beside a null space one vector bounds nothing from above.
       least.upper = most.upper;
     }
-    const Interval kappa = {
-        least.upper > 0 ? most.lower / least.upper * (1 - 4 * kUnit) : kInfinity,
-        least.lower > 0 ? most.upper / least.lower * (1 + 4 * kUnit) : kInfinity};
+    const double ratio = least.upper > 0 ? most.lower / least.upper * (1 - 4 * kUnit) : kInfinity;
+    const Interval kappa = {ratio > 1 ? ratio : 1, least.lower > 0
+                                                       ? most.upper / least.lower * (1 + 4 * kUnit)
+                                                       : kInfinity};
     const double values[6] = {most.lower / a.scale,  most.upper / a.scale, least.lower / a.scale,
                               least.upper / a.scale, kappa.lower,          kappa.upper};
     for (int i = 0; i < 6; ++i) out_.bounds[i] = values[i];

@@ -19,6 +19,9 @@ constexpr double kGramCondition = 2e6;
 constexpr int64_t kMaxBlocks = 160;
 constexpr int64_t kNullSteps = 3;
 constexpr double kUnit = 0x1p-53;
+// Shift of the refactored triangle beside a null space, relative to |A|_F: far above rounding,
+// which keeps the null space from drowning the rest, and far below any sigma_r worth finding.
+constexpr double kRefactorShift = 1e-13;
 
 inline TallMatrix make_tall(const SpectralMatrix& source) {
   TallMatrix a = {};
@@ -76,13 +79,10 @@ class ExtremeVectors {
     factor();
     find_smallest();
     measure();
-    if (!(sigma[0] > kGramCondition * sigma[1]) || (flags & kRefactored) != 0) return;
-    if (deficiency > 0) {
-      // The null space came from the Gram matrix and shares its limit.
-      if (!source_.want_full_rank) flags |= kCapReached;
-      return;
-    }
+    const bool beyond = sigma[0] > kGramCondition * sigma[1];
+    if (!beyond || (flags & kRefactored) != 0 || (deficiency > 0 && source_.want_full_rank)) return;
     refactor();
+    if (deficiency > 0) find_null_space();
     find_smallest();
     measure();
   }
@@ -113,10 +113,11 @@ class ExtremeVectors {
   }
 
   KrylovOptions krylov_options() const {
-    // Small and fp64 matrices to rounding; elsewhere well inside the promised error.
-    const bool tight = a.n <= 64 || source_.dtype == DType::float64;
+    // The square of the vectors' error: fp64 matrices to rounding, fp32 well inside the promised
+    // error.
+    const bool small = a.n <= 64, fp64 = source_.dtype == DType::float64;
     const double close = 1 + options_.tie_tolerance;
-    return {tight ? 1e-13 : 1e-6, 1 - 1 / (close * close), kMaxBlocks};
+    return {fp64 ? 1e-21 : (small ? 1e-10 : 1e-6), 1 - 1 / (close * close), kMaxBlocks};
   }
 
   template <class Apply>
@@ -156,6 +157,10 @@ class ExtremeVectors {
   void refactor() {
     flags |= kRefactored;
     row_qr(a, work.factor, work.ld, work.panel, work.packed);
+    if (deficiency > 0) {
+      fold_identity(work.factor, work.ld, a.n, kRefactorShift * std::sqrt(trace), work.panel,
+                    work.packed);
+    }
     double largest = 0;
     for (int64_t i = 0; i < a.n; ++i) {
       const double pivot = std::fabs(work.factor[i * work.ld + i]);

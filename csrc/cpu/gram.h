@@ -96,8 +96,10 @@ inline void multiply_tile(int64_t depth, const double* a, const double* b, doubl
   }
 }
 
-// Doubles that `multiply_add` needs as workspace for a result of `cols` columns.
-inline int64_t multiply_workspace(int64_t cols) { return kDepth * round_up(cols, kTileCols); }
+// Doubles that `multiply_add` needs as workspace.
+inline int64_t multiply_workspace(int64_t depth, int64_t cols) {
+  return (depth < kDepth ? depth : kDepth) * round_up(cols, kTileCols);
+}
 
 // c += alpha * a b, with a (rows x depth) and b (depth x cols). With `lower`, only entries on and
 // below the diagonal of c are promised; some above it are overwritten.
@@ -213,7 +215,7 @@ inline void solve_panel(int64_t rows, int64_t n, const double* factor, double* a
 // Replaces the lower triangle of a (n x n) by its Cholesky factor; what lies above is not read and
 // unspecified afterwards. `floors` (n): the pivot of column j must exceed floors[j] (zero: positive
 // definite). Returns n, or the column that failed; the matrix is then partly factored. Workspace:
-// multiply_workspace(n).
+// multiply_workspace(n, n).
 inline int64_t cholesky_lower(int64_t n, double* a, const double* floors, double* workspace,
                               ParallelFor parallel) {
   for (int64_t k = 0; k < n; k += kPanel) {

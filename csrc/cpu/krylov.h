@@ -13,6 +13,8 @@
 namespace tscnc::TSCNC_ISA {
 
 constexpr int64_t kMaxBasis = 48;
+// An error this small that no longer shrinks is rounding.
+constexpr double kStallError = 1e-12;
 
 // Pseudo-random in (-1, 1) from a counter (SplitMix64): the same for every run, thread and list
 // position.
@@ -86,9 +88,12 @@ class KrylovSpace {
       ++applied;
       const bool full = size_ == n_, capped = applied >= options.max_blocks;
       if (size_ == limit || size_ >= next_check || capped) {
-        next_check = size_ + (size_ / 3 > 4 ? size_ / 3 : 4);
+        next_check = check_after(size_);
+        const double before = result.error;
         result = assess(options, full);
-        const bool converged = full || result.error <= options.tolerance;
+        // Rounding may keep a very small tolerance out of reach.
+        const bool stalled = result.error <= kStallError && result.error > before / 2;
+        const bool converged = full || stalled || result.error <= options.tolerance;
         if (capped || full) break;
         if (converged && applied >= probe_until) {
           if (first_done == 0) first_done = applied;
@@ -102,7 +107,7 @@ class KrylovSpace {
         if (size_ == limit) {
           rotate(limit / 2, basis_);
           restart(limit / 2);
-          next_check = size_ + 4;
+          next_check = check_after(size_ - size_ / 4);
         }
       }
     }
@@ -113,6 +118,13 @@ class KrylovSpace {
 
  private:
   double* row(int64_t i) { return basis_ + i * ld_; }
+
+  // Looking at the Ritz values costs size^3, a step size * n and the operator: small matrices look
+  // less often.
+  int64_t check_after(int64_t size) const {
+    const int64_t more = n_ < 256 ? 3 * size / 4 : size / 3;
+    return size + (more > 4 ? more : 4);
+  }
 
   // Appends the block w to the basis, applies the operator, and leaves the remainder in w.
   template <class Apply>
@@ -222,17 +234,20 @@ KrylovResult power_iteration(const Apply& apply, int64_t n, int64_t ld,
   std::memcpy(x, block, static_cast<size_t>(ld) * sizeof(double));
   append_orthonormal(nullptr, 0, n, ld, x, 0, &column);
   KrylovResult result = {1, 1};
+  double residual = 1;
   for (int64_t step = 0; step < options.max_blocks && result.error > options.tolerance; ++step) {
     std::memcpy(y, x, static_cast<size_t>(ld) * sizeof(double));
     std::memset(unused, 0, static_cast<size_t>(ld) * sizeof(double));
     apply(y, unused);
     const double value = dot(x, y, ld);
     add_scaled(x, -1 / value, y, ld);
-    const double residual = std::sqrt(dot(x, x, ld));
+    residual = std::sqrt(dot(x, x, ld));
     result.error = residual * residual;
     std::memcpy(x, y, static_cast<size_t>(ld) * sizeof(double));
     if (normalise(x, ld) == 0) break;
   }
+  // The square stands for the error only once it is small; before, the residual itself does.
+  if (result.error > options.tolerance) result.error = residual;
   std::memcpy(block, x, static_cast<size_t>(ld) * sizeof(double));
   if (n > 1) {
     std::memset(block + ld, 0, static_cast<size_t>(ld) * sizeof(double));

@@ -76,15 +76,20 @@ TSCNC_HD int64_t row_split(const SparseRows& structure, int64_t part, int64_t pa
   return low;
 }
 
-// Samples per panel (the last panel of a batch may be narrower).
-// Scratch, in elements of Working<T>, for one thread.
-// Panels of the product, as items panel * row_splits + split in [begin, end).
-// Rows [begin, end) of the weight's and the bias's gradient.
-TSCNC_PER_ISA(template <class T> int64_t masked_linear_lanes();
-              template <class T> int64_t masked_linear_scratch(int64_t width); template <class T>
-              void masked_linear_product(const MaskedProduct<T>& call, int64_t begin, int64_t end,
-                                         Working<T>* scratch);
-              template <class T>
+// Samples in a panel; the last panel of a batch may hold fewer and be narrower.
+TSCNC_PER_ISA(template <class T> int64_t masked_linear_lanes();)
+
+// Elements of Working<T> that one thread needs for either kernel on a structure of this width.
+TSCNC_PER_ISA(template <class T> int64_t masked_linear_scratch(int64_t width);)
+
+// The items [begin, end) of a product. Item panel * row_splits + split computes one range of rows
+// for one panel of samples; neighbours share the packed panel.
+TSCNC_PER_ISA(template <class T> void masked_linear_product(const MaskedProduct<T>& call,
+                                                            int64_t begin, int64_t end,
+                                                            Working<T>* scratch);)
+
+// The rows [begin, end) of a weight gradient, over all samples in order.
+TSCNC_PER_ISA(template <class T>
               void masked_linear_weight_gradient(const MaskedWeightGradient<T>& call, int64_t begin,
                                                  int64_t end, Working<T>* scratch);)
 

@@ -49,4 +49,15 @@ inline void row_qr(const TallMatrix& a, double* r, int64_t ld, double* panel, do
   }
 }
 
+// R'R := R'R + shift^2 I.
+inline void fold_identity(double* r, int64_t ld, int64_t n, double shift, double* panel,
+                          double* w) {
+  for (int64_t first = 0; first < n; first += kReflectedRows) {
+    const int64_t count = n - first < kReflectedRows ? n - first : kReflectedRows;
+    std::memset(panel, 0, static_cast<size_t>(count * ld) * sizeof(double));
+    for (int64_t k = 0; k < count; ++k) panel[k * ld + first + k] = shift;
+    fold_rows(r, ld, n, panel, count, w);
+  }
+}
+
 }  // namespace tscnc::TSCNC_ISA

@@ -24,21 +24,27 @@ inline void tridiagonalise(int64_t k, double* a, double* d, double* e, double* q
     for (int64_t i = 0; i < k; ++i) v[i] = i <= c ? 0 : a[i * k + c];
     v[c + 1] -= alpha;
     const double beta = 2 / (v[c + 1] * v[c + 1] + squares);
-    double inner = 0;
-    for (int64_t i = c; i < k; ++i) {
-      p[i] = 0;
-      for (int64_t j = c + 1; j < k; ++j) p[i] += a[i * k + j] * v[j];
-      p[i] *= beta;
-      inner += p[i] * v[i];
+    // By rows, which the compiler vectorises: p = beta A v, then A -= v p' + p v' with p made
+    // orthogonal.
+    for (int64_t j = c; j < k; ++j) p[j] = 0;
+    for (int64_t i = c + 1; i < k; ++i) {
+      const double scale = beta * v[i];
+      for (int64_t j = c; j < k; ++j) p[j] += scale * a[i * k + j];
     }
+    double inner = 0;
+    for (int64_t i = c; i < k; ++i) inner += p[i] * v[i];
     for (int64_t i = c; i < k; ++i) p[i] -= beta / 2 * inner * v[i];
     for (int64_t i = c; i < k; ++i) {
-      for (int64_t j = c; j < k; ++j) a[i * k + j] -= v[i] * p[j] + p[i] * v[j];
+      const double x = v[i], y = p[i];
+      for (int64_t j = c; j < k; ++j) a[i * k + j] -= x * p[j] + y * v[j];
     }
-    for (int64_t j = 0; j < k; ++j) {
-      double along = 0;
-      for (int64_t i = c + 1; i < k; ++i) along += v[i] * q[i * k + j];
-      for (int64_t i = c + 1; i < k; ++i) q[i * k + j] -= beta * along * v[i];
+    for (int64_t j = 0; j < k; ++j) p[j] = 0;
+    for (int64_t i = c + 1; i < k; ++i) {
+      for (int64_t j = 0; j < k; ++j) p[j] += v[i] * q[i * k + j];
+    }
+    for (int64_t i = c + 1; i < k; ++i) {
+      const double scale = beta * v[i];
+      for (int64_t j = 0; j < k; ++j) q[i * k + j] -= scale * p[j];
     }
   }
   for (int64_t i = 0; i < k; ++i) {
@@ -51,12 +57,12 @@ inline void tridiagonalise(int64_t k, double* a, double* d, double* e, double* q
 // rows of q.
 inline void ql_step(int64_t k, int64_t low, int64_t high, double* d, double* e, double* q) {
   double g = (d[low + 1] - d[low]) / (2 * e[low]);
-  double r = std::hypot(g, 1.0);
+  double r = std::sqrt(g * g + 1);
   g = d[high] - d[low] + e[low] / (g + (g >= 0 ? r : -r));
   double sine = 1, cosine = 1, shift = 0;
   for (int64_t i = high - 1; i >= low; --i) {
     const double f = sine * e[i], b = cosine * e[i];
-    r = std::hypot(f, g);
+    r = std::sqrt(f * f + g * g);
     e[i + 1] = r;
     if (r == 0) {
       d[i + 1] -= shift;

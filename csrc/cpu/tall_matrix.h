@@ -195,6 +195,36 @@ inline void gram(const TallMatrix& a, double* g, int64_t ld, double* panel, doub
   }
 }
 
+// sum[q][r] := row_r x_q and z_q += sum over r of sum[q][r] row_r, for four rows and four vectors.
+inline void multiply_rows(const double* row, const double* x, double* z, int64_t ld, int64_t n,
+                          double sum[4][4]) {
+  VecD inner[4][4] = {};
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const VecD r0 = load(row + j), r1 = load(row + ld + j);
+    const VecD r2 = load(row + 2 * ld + j), r3 = load(row + 3 * ld + j);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const VecD element = load(x + q * ld + j);
+      inner[q][0] += r0 * element;
+      inner[q][1] += r1 * element;
+      inner[q][2] += r2 * element;
+      inner[q][3] += r3 * element;
+    }
+  }
+  for (int q = 0; q < 4; ++q) {
+    for (int r = 0; r < 4; ++r) sum[q][r] = sum_lanes<double>(inner[q][r]);
+  }
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const VecD r0 = load(row + j), r1 = load(row + ld + j);
+    const VecD r2 = load(row + 2 * ld + j), r3 = load(row + 3 * ld + j);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const VecD part = sum[q][0] * r0 + sum[q][1] * r1 + (sum[q][2] * r2 + sum[q][3] * r3);
+      store(z + q * ld + j, load(z + q * ld + j) + part);
+    }
+  }
+}
+
 // y := A x (4 vectors of stride y_stride) and z := A'y in one pass over A. x, z: 4 rows of length
 // ld.
 inline void multiply_both(const TallMatrix& a, const double* x, double* y, int64_t y_stride,
@@ -216,17 +246,12 @@ inline void multiply_both(const TallMatrix& a, const double* x, double* y, int64
   for (int64_t first = 0; first < a.m; first += kFactorRows) {
     const int64_t count = a.m - first < kFactorRows ? a.m - first : kFactorRows;
     load_rows(a, first, count, panel, ld);
-    for (int64_t k = 0; k < count; ++k) {
-      const double* row = panel + k * ld;
-      VecD sum[4] = {};
-      for (int64_t j = 0; j < a.n; j += kWidth) {
-        const VecD element = load(row + j);
-        for (int q = 0; q < 4; ++q) sum[q] += element * load(x + q * ld + j);
-      }
-      for (int q = 0; q < 4; ++q) {
-        const double value = sum_lanes<double>(sum[q]);
-        y[q * y_stride + first + k] = value;
-        add_scaled(z + q * ld, value, row, a.n);
+    std::memset(panel + count * ld, 0, static_cast<size_t>((-count & 3) * ld) * sizeof(double));
+    for (int64_t k = 0; k < count; k += 4) {
+      double sum[4][4];
+      multiply_rows(panel + k * ld, x, z, ld, a.n, sum);
+      for (int64_t r = 0; r < 4 && k + r < count; ++r) {
+        for (int q = 0; q < 4; ++q) y[q * y_stride + first + k + r] = sum[q][r];
       }
     }
   }

@@ -9,7 +9,7 @@ Source: Madry et al., arXiv 1706.06083 (PGD); Zhang et al., arXiv 1901.08573 (TR
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,10 +63,10 @@ class ThreatModel:
     def random_start(self, input: Tensor, generator: torch.Generator | None) -> Tensor:
         """Returns a point drawn uniformly from the ball around `input`, then clamped to [0, 1]."""
         if self.norm == "Linf":
-            noise = torch.rand(input.shape, generator=generator, dtype=input.dtype) * 2 - 1
+            noise = 2 * _draw(torch.rand, input.shape, input, generator) - 1
             return self.project(input + self.epsilon * noise, input)
-        direction = torch.randn(input.shape, generator=generator, dtype=input.dtype)
-        radius = torch.rand(len(input), generator=generator, dtype=input.dtype)
+        direction = _draw(torch.randn, input.shape, input, generator)
+        radius = _draw(torch.rand, input.shape[:1], input, generator)
         radius = radius ** (1 / max(1, input[0].numel())) if len(input) else radius
         radius = radius.reshape(-1, *[1] * (input.ndim - 1))
         delta = self.epsilon * radius * direction / _norm(direction).clamp_min(1e-12)
@@ -161,7 +161,7 @@ def trades_loss(
     """
     with torch.no_grad():
         clean = F.log_softmax(model(input), dim=1)
-    noise = torch.randn(input.shape, generator=generator, dtype=input.dtype)
+    noise = _draw(torch.randn, input.shape, input, generator)
     adversarial = pgd(
         model,
         input,
@@ -202,6 +202,17 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _draw(
+    source: Callable[..., Tensor],
+    shape: Sequence[int],
+    like: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Draws on the generator's device, so that the same seed attacks the same way everywhere."""
+    device = like.device if generator is None else generator.device
+    return source(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
 def _norm(input: Tensor) -> Tensor:

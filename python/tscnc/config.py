@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tscnc.optional import require
 
@@ -43,11 +43,10 @@ def _option(
     help: str,
     *,
     group: str,
-    choices: tuple[str, ...] = (),
     check: _Check | None = None,
 ) -> Any:
     """Returns a dataclass field that knows its help line, its section and the values it accepts."""
-    metadata = {"help": help, "group": group, "choices": choices, "check": check}
+    metadata = {"help": help, "group": group, "check": check}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -60,8 +59,8 @@ class TrainConfig:
             quotes it.
     """
 
-    dataset: str = _option(
-        "digits", "data set", group="data", choices=("digits", "mnist", "fashion-mnist")
+    dataset: Literal["digits", "mnist", "fashion-mnist"] = _option(
+        "digits", "data set", group="data"
     )
     data_dir: str | None = _option(
         None, "folder with the data set's standard files (digits are built in)", group="data"
@@ -75,11 +74,10 @@ class TrainConfig:
     )
     threads: int = _option(0, "CPU threads; 0 = torch's choice", group="data", check=_NOT_NEGATIVE)
 
-    task: str = _option(
+    task: Literal["trades", "pgd", "plain"] = _option(
         "trades",
         "adversarial training: TRADES, PGD, or plain cross-entropy",
         group="training",
-        choices=("trades", "pgd", "plain"),
     )
     epochs: int = _option(10, "epochs before pruning", group="training", check=_NOT_NEGATIVE)
     finetune_epochs: int | None = _option(
@@ -89,8 +87,8 @@ class TrainConfig:
         check=_NOT_NEGATIVE,
     )
     batch_size: int = _option(128, "images per step", group="training", check=_POSITIVE)
-    optimizer: str = _option(
-        "adam", "SGD with Nesterov momentum, or Adam", group="training", choices=("sgd", "adam")
+    optimizer: Literal["sgd", "adam"] = _option(
+        "adam", "SGD with Nesterov momentum, or Adam", group="training"
     )
     lr: float = _option(
         2e-3, "peak learning rate before pruning", group="training", check=_POSITIVE
@@ -114,9 +112,7 @@ class TrainConfig:
         check=_NOT_NEGATIVE,
     )
 
-    threat: str = _option(
-        "Linf", "norm that bounds the attack", group="attack", choices=("Linf", "L2")
-    )
+    threat: Literal["Linf", "L2"] = _option("Linf", "norm that bounds the attack", group="attack")
     epsilon: float = _option(
         0.1,
         "radius of the attack for pixels in [0, 1]; 8/255 works",
@@ -142,11 +138,10 @@ class TrainConfig:
     cnc: float = _option(
         1e-4, "weight of the condition number penalty (CNC)", group="penalties", check=_NOT_NEGATIVE
     )
-    cnc_form: str = _option(
+    cnc_form: Literal["scale_invariant", "logdet", "log_kappa", "nenov"] = _option(
         "scale_invariant",
         "form of the condition number penalty",
         group="penalties",
-        choices=("scale_invariant", "logdet", "log_kappa", "nenov"),
     )
     cnc_every: int = _option(
         4,
@@ -161,17 +156,15 @@ class TrainConfig:
     sparsity: float = _option(
         0.99, "fraction of the weights removed; 0 = no pruning", group="pruning", check=_FRACTION
     )
-    score: str = _option(
+    score: Literal["magnitude", "lamp", "snip", "grasp", "synflow", "random"] = _option(
         "magnitude",
         "what decides which weights stay",
         group="pruning",
-        choices=("magnitude", "lamp", "snip", "grasp", "synflow", "random"),
     )
-    quota: str = _option(
+    quota: Literal["igq", "erk", "uniform", "uniform_plus", "global"] = _option(
         "igq",
         "how the kept weights are spread over the layers",
         group="pruning",
-        choices=("igq", "erk", "uniform", "uniform_plus", "global"),
     )
 
     eval_steps: int = _option(
@@ -281,7 +274,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
             arguments["action"] = argparse.BooleanOptionalAction
         else:
             arguments["type"] = _flag_type(name)
-            arguments["metavar"] = "|".join(field.metadata["choices"]) or name.upper()
+            arguments["metavar"] = "|".join(_choices(name)) or name.upper()
         groups[group].add_argument("--" + name.replace("_", "-"), **arguments)
 
 
@@ -314,9 +307,10 @@ def _refuse_unknown(names: Iterable[str], kind: str) -> None:
 
 def _parse(name: str, value: Any) -> Any:
     """Returns `value` in the type of option `name`, accepting the text forms of YAML and flags."""
-    field, hint = _FIELDS[name], _TYPES[name]
+    hint, choices, check = _TYPES[name], _choices(name), _FIELDS[name].metadata["check"]
     optional = isinstance(hint, types.UnionType)
     base = next(t for t in typing.get_args(hint) if t is not type(None)) if optional else hint
+    base = str if choices else base
     if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
         return None
     try:
@@ -324,13 +318,18 @@ def _parse(name: str, value: Any) -> Any:
     except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         kind = _KINDS[base] + (" or none" if optional else "")
         raise ConfigError(f"{name}: expected {kind}, got {value!r}") from error
-    choices, check = field.metadata["choices"], field.metadata["check"]
     if choices and parsed not in choices:
         hint_text = close_matches(str(parsed), choices)
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint_text}")
     if check is not None and not check.accepts(parsed):
         raise ConfigError(f"{name}: expected {check.expected}, got {value!r}")
     return parsed
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    """Returns the words an option accepts, or nothing if it is no choice."""
+    hint = _TYPES[name]
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def _to_bool(value: Any) -> bool:

@@ -41,19 +41,8 @@ def penalty_terms(model: nn.Module, config: TrainConfig, step: int) -> dict[str,
     if config.tsc:
         terms["tsc"] = config.tsc * transformed_l1(stored, a=config.tsc_a)
     if config.cnc and step % config.cnc_every == 0:
-        terms["cnc"] = config.cnc * config.cnc_every * _condition_number_terms(layers, config)
+        matrices = [dense_weight(layer) for layer in layers]
+        patterns = [pattern_of(layer) for layer in layers]
+        penalty = condition_number_penalty(matrices, patterns, form=config.cnc_form)
+        terms["cnc"] = config.cnc * config.cnc_every * penalty
     return terms
-
-
-def _condition_number_terms(layers: list[nn.Module], config: TrainConfig) -> Tensor:
-    dense = [layer for layer in layers if pattern_of(layer) is None]
-    masked = [layer for layer in layers if pattern_of(layer) is not None]
-    parts = []
-    if dense:
-        matrices = [dense_weight(layer).flatten(1) for layer in dense]
-        parts.append(condition_number_penalty(matrices, form=config.cnc_form))
-    if masked:
-        matrices = [dense_weight(layer).flatten(1) for layer in masked]
-        patterns = [pattern_of(layer) for layer in masked]
-        parts.append(condition_number_penalty(matrices, patterns, form=config.cnc_form))
-    return torch.stack([part.float() for part in parts]).sum()

@@ -29,7 +29,7 @@ def epoch_line(record: Mapping[str, Any], total_epochs: int) -> str:
     """Returns one line for an epoch's record of metrics, whatever named numbers it holds."""
     head = f"{record['phase']:>8} {record['epoch']}/{total_epochs}"
     numbers = [
-        f"{name} {value:.4g}"
+        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
         for name, value in record.items()
         if name not in ("phase", "epoch") and isinstance(value, int | float)
     ]

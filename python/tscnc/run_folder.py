@@ -119,13 +119,31 @@ class RunFolder:
                 shorter than it says.
         """
         written = self.metrics.stat().st_size if self.metrics.is_file() else 0
-        if not self.state.is_file():
+        state = self.read_state()
+        if state is None:
             if written:
                 raise RunFolderError(f"{self.path} has no {self.state.name} to resume from")
             return None
+        if written < state["metrics_bytes"]:
+            raise RunFolderError(
+                f"{self.metrics} holds {written} bytes, the saved state expects at least "
+                f"{state['metrics_bytes']}"
+            )
+        with self.metrics.open("r+b") as file:
+            file.truncate(state["metrics_bytes"])
+        return state
+
+    def read_state(self) -> dict[str, Any] | None:
+        """Returns the last saved state, None if there is none.
+
+        Raises:
+            RunFolderError: the state is damaged, or of another version.
+        """
+        if not self.state.is_file():
+            return None
         try:
-            state = torch.load(self.state, weights_only=True)
-            version, metrics_bytes = state["format"], state["metrics_bytes"]
+            state = dict(torch.load(self.state, weights_only=True))
+            version, _ = state["format"], state["metrics_bytes"]
         except Exception as error:
             raise RunFolderError(
                 f"{self.state} is damaged and cannot be resumed: {type(error).__name__}: {error}"
@@ -134,14 +152,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.state} has format {version!r}, this version resumes {STATE_FORMAT}"
             )
-        if written < metrics_bytes:
-            raise RunFolderError(
-                f"{self.metrics} holds {written} bytes, the saved state expects at least "
-                f"{metrics_bytes}"
-            )
-        with self.metrics.open("r+b") as file:
-            file.truncate(metrics_bytes)
-        return dict(state)
+        return state
 
 
 def make_empty(path: Path) -> None:

@@ -44,14 +44,14 @@ def _measurements(run: Mapping[str, Any]) -> dict[str, str]:
         full = _condition(layer["kappa_full"])
         structural = _condition(layer["kappa_structural"])
         cells[f"condition of {layer['name']}, full | structural"] = f"{full} | {structural}"
-    timing, size = run.get("seconds_per_step"), run.get("checkpoint_bytes")
-    if timing:
-        dense, ours = 1e3 * timing["dense_masked"], 1e3 * timing["ours"]
-        cells["ms per step, dense masked | ours"] = f"{dense:.2f} | {ours:.2f}"
-        cells["speed-up of a step"] = f"{timing['ratio']:.1f} x"
-    if size:
-        dense, ours = size["dense"] / 1e3, size["ours"] / 1e3
-        cells["checkpoint kB, dense | ours"] = f"{dense:,.0f} | {ours:,.0f}"
+    timing = run["seconds_per_step"]
+    times = [1e3 * timing[name] for name in ("dense_masked", "ours")] if timing else None
+    cells["ms per step, dense masked | ours"] = (
+        f"{times[0]:.2f} | {times[1]:.2f}" if times else _ABSENT
+    )
+    cells["speed-up of a step"] = f"{timing['ratio']:.1f} x" if timing else _ABSENT
+    size = run["checkpoint_bytes"]
+    cells["checkpoint kB, dense | ours"] = f"{size['dense'] / 1e3:,.0f} | {size['ours'] / 1e3:,.0f}"
     return cells
 
 

@@ -38,9 +38,10 @@ def load_trained(path: Path) -> Trained:
     """
     file = RunFolder(path).checkpoint if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise RunFolderError(
-            f"{path} holds no {file.name}: expected the folder of a complete run, or a checkpoint"
+        found = (
+            f"{path} holds no {file.name}" if Path(path).is_dir() else f"there is no file {path}"
         )
+        raise RunFolderError(f"{found}: expected the folder of a complete run, or a checkpoint")
     checkpoint = read_checkpoint(file)
     try:
         config = TrainConfig().replace(**checkpoint.metadata["config"])
@@ -63,7 +64,7 @@ def evaluate_again(run: Path) -> None:
     """Measures the checkpoint of a complete run once more and replaces the run's results."""
     trained = load_trained(run)
     folder = RunFolder(run)
-    state = folder.load_state()
+    state = folder.read_state()
     results = evaluate.evaluate_run(
         trained.model,
         trained.masks,
@@ -75,6 +76,10 @@ def evaluate_again(run: Path) -> None:
 
 
 def spectrum_table(path: Path) -> str:
-    """Returns a line on the singular values of every prunable layer of a run or checkpoint."""
-    trained = load_trained(path)
-    return spectrum.table(trained.model, trained.masks)
+    """Returns a line on the singular values of every layer of a run, comparison or checkpoint."""
+    parts = []
+    for run in runs_in(path):
+        trained = load_trained(run)
+        heading = f"{run.name}: {trained.config.label}\n" if is_comparison(path) else ""
+        parts.append(heading + spectrum.table(trained.model, trained.masks))
+    return "\n\n".join(parts)

@@ -14,6 +14,8 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
@@ -73,6 +75,7 @@ inline std::function<void()> kernel_call;
 inline std::vector<Fiber> fibers(kMaxThreads);
 inline int thread_count, current;
 inline jmp_buf scheduler;
+inline bool is_running = false;  // a launch, as opposed to host code
 
 // One of `count` candidates, some of which are ready; -1 if none is.
 template <typename IsReady>
@@ -108,10 +111,12 @@ inline void wait(Fiber& fiber) {
   if (_setjmp(fiber.position) == 0) _longjmp(scheduler, 1);
 }
 
-// Ends the launch with an error, from within a fiber.
+// Ends the launch with an error; host code has nowhere to go on.
 [[noreturn]] inline void fail(const char* what, const char* file, unsigned line) {
   error = std::string(file) + ":" + std::to_string(line) + ": " + what;
-  _longjmp(scheduler, 1);
+  if (is_running) _longjmp(scheduler, 1);
+  std::fprintf(stderr, "%s\n", error.c_str());
+  std::abort();
 }
 
 // Lets the block pass its barrier once every thread waits at the same one. A thread that has left
@@ -271,6 +276,7 @@ inline bool run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
   blockDim = block;
   thread_count = int(block.x * block.y * block.z);
   random_picks.seed(unsigned(order));
+  is_running = true;
   const int block_count = int(grid.x * grid.y * grid.z);
   std::vector<char> is_left(block_count, 1);
   for (int i = 0; i < block_count && error.empty(); ++i) {
@@ -280,6 +286,7 @@ inline bool run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
                 unsigned(index) / (grid.x * grid.y)};
     run_block(shared_bytes);
   }
+  is_running = false;
   return error.empty();
 }
 

@@ -1,7 +1,4 @@
 import math
-import sys
-import types
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -205,8 +202,35 @@ def test_autocast_changes_nothing(form):
 def test_compiles_to_one_graph(form):
     matrices = [torch.randn(6, 4), torch.randn(3, 5)]
     expected = condition_number_penalty(matrices, form=form)
+    torch._dynamo.reset()
     compiled = torch.compile(condition_number_penalty, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(matrices, form=form), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_call_follows_a_changed_pattern(form):
+    weight = torch.randn(6, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(condition_number_penalty, fullgraph=True, backend="aot_eager")
+    for dead in (1, 2, 5):
+        mask = torch.ones(6, 4, dtype=torch.bool)
+        mask[dead:] = False
+        arguments = [weight], [SparsityPattern.from_mask(mask)]
+        expected = condition_number_penalty(*arguments, form=form)
+        torch.testing.assert_close(compiled(*arguments, form=form), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_vmap_of_grad_is_the_gradient_of_each(form):
+    batch = torch.randn(3, 5, 4, dtype=torch.float64)
+
+    def penalty(weight):
+        return condition_number_penalty([weight], form=form)
+
+    mapped = torch.func.vmap(torch.func.grad(penalty))(batch)
+    for weight, gradient in zip(batch, mapped, strict=True):
+        leaf = weight.clone().requires_grad_()
+        check_close(gradient, torch.autograd.grad(penalty(leaf), leaf)[0], 1e-9, "gradient")
 
 
 def test_gradient_descent_lowers_the_condition_number():
@@ -246,30 +270,3 @@ PATTERN = SparsityPattern.from_mask(torch.ones(2, 3, dtype=torch.bool))
 def test_bad_input_is_named(matrices, kwargs, error, message):
     with pytest.raises(error, match=message):
         condition_number_penalty(matrices, **kwargs)
-
-
-class StandIn(NamedTuple):
-    sigma_max: torch.Tensor
-    sigma_min: torch.Tensor
-
-
-@pytest.fixture(autouse=True)
-def singular_values_by_torch(monkeypatch):
-    def extreme_singular_values(matrices, patterns=None, state=None, *, rank="full"):
-        largest, smallest = [], []
-        for index, matrix in enumerate(matrices):
-            r = min(matrix.shape)
-            if patterns is not None and patterns[index] is not None:
-                mask = patterns[index].mask.reshape(matrix.shape)
-                matrix = torch.where(mask, matrix, 0)
-                r = int(torch.linalg.matrix_rank(matrix.detach()))
-            finite = matrix.isfinite().all()
-            sigma = torch.linalg.svdvals(torch.where(finite, matrix, 0))
-            sigma = torch.where(finite, sigma, math.nan)
-            largest.append(sigma[0])
-            smallest.append(sigma[r - 1] if r > 0 else 0 * sigma[0])
-        return StandIn(torch.stack(largest), torch.stack(smallest))
-
-    module = types.ModuleType("tscnc_kernels.ops.extreme_singular_values")
-    module.extreme_singular_values = extreme_singular_values
-    monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -163,6 +163,14 @@ def test_non_finite_weights_give_nan_for_themselves_only(backend, bad, isa):
     assert values[1].isfinite() and gradients[1].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_squares_beyond_float64_give_nan_or_minus_infinity(backend, isa):
+    weights = [scale * torch.eye(3, dtype=torch.float64) for scale in (1e200, 1e-200)]
+    values, gradients = value_and_gradients(lambda w: logdet_gram(w, backend=backend), weights)
+    assert values[0].isnan() and values[1] == -math.inf
+    assert all(gradient.isnan().all() for gradient in gradients)
+
+
 def test_gradient_only_where_wanted():
     torch.manual_seed(0)
     weights = [torch.randn(4, 3, requires_grad=index != 1) for index in range(3)]

@@ -157,6 +157,28 @@ def test_odd_sizes(size, isa):
         check_close(a, e, 1e-12, "gradient")
 
 
+@pytest.mark.parametrize("batch", [5, 40, 300])
+def test_same_bits_for_any_thread_count_where_threads_are_used(batch):
+    """Few samples are split by rows of the weight, many by panels."""
+    kept = pattern(400, 700, "skewed")
+    input, weight, bias = torch.randn(batch, 700), torch.randn(400, 700), torch.randn(400)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            output, found = gradients(
+                lambda x, w, b: masked_linear(x, w, kept, b, "relu", algorithm="panel"),
+                *(input, weight, bias),
+            )
+            runs.append([output, *found])
+    finally:
+        torch.set_num_threads(threads)
+    check_close(runs[0][0], F.relu(F.linear(input, weight * kept.mask, bias)), 1e-4, "value")
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            assert torch.equal(a, b)
+
+
 LAYOUTS = {
     "transposed": lambda t: t.t().contiguous().t(),
     "every_other_column": lambda t: torch.stack([t, t + 1], -1).reshape(t.shape[0], -1)[:, ::2],
@@ -251,6 +273,34 @@ def test_rule_is_sparse_below_the_stated_density():
     assert op.choose_algorithm(above, "native") == "dense"
     assert op.choose_algorithm(below, "reference") == "dense"
     assert op.choose_algorithm(above, "native", "panel") == "panel"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("asked", [("input",), ("weight",), ("input", "weight")])
+def test_backward_computes_what_the_pass_asks_for(asked, bias, monkeypatch):
+    """An attack differentiates the input alone; the weight requires a gradient all the same."""
+    seen = []
+    backward = op._backward
+    monkeypatch.setattr(op, "_backward", lambda *args: seen.append(args[-1]) or backward(*args))
+    kept = pattern(8, 6)
+    tensors = {
+        "input": torch.randn(4, 6, requires_grad=True),
+        "weight": torch.randn(8, 6, requires_grad=True),
+    }
+    offset = torch.randn(8, requires_grad=True) if bias else None
+    hidden = 2 * tensors["input"]
+    output = masked_linear(hidden, tensors["weight"], kept, offset, algorithm="panel")
+    expected = F.linear(hidden, tensors["weight"] * kept.mask, offset)
+    wanted = [tensors[name] for name in asked]
+    for a, e in zip(
+        torch.autograd.grad(output.sum(), wanted, retain_graph=True),
+        torch.autograd.grad(expected.sum(), wanted, retain_graph=True),
+        strict=True,
+    ):
+        check_close(a, e, 1e-5, "gradient")
+    output.sum().backward()
+    assert seen == [["input" in asked, "weight" in asked, False], [True, True, bias]]
+    assert tensors["weight"].grad is not None
 
 
 def test_backward_keeps_only_the_input_for_itself():

@@ -13,7 +13,7 @@ import tscnc
 from tests.tscnc.test_train import interrupting, metrics
 from tests.tscnc.tiny import TINY, flags
 from tscnc import tasks
-from tscnc.cli import main
+from tscnc.cli import DEMO, main
 from tscnc.compare import VARIANTS
 from tscnc.config import TrainConfig
 from tscnc.run_folder import RunFolder
@@ -179,6 +179,15 @@ def test_the_comparison_prints_a_column_per_run(
     assert (comparison / "report.html").is_file()
 
 
+def test_the_demo_compares_99_percent_pruned_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (DEMO.dataset, DEMO.model, DEMO.sparsity) == ("digits", "mlp-1024-1024", 0.99)
+    short = SHORT.replace(sparsity=0.99)
+    assert main(["demo", *flags(short, sparsity=0.99)]) == 0
+    table = capsys.readouterr().out
+    assert "99 % pruned, TSC + CNC" in table and "dense" in table
+    assert TrainConfig.from_file(Path("runs/demo/config.yaml")) == short
+
+
 def test_evaluate_repeats_the_results(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = RunFolder(run).read_results()
     assert main(["evaluate", str(run)]) == 0
@@ -197,11 +206,21 @@ def test_spectrum_shows_every_layer_of_a_run_and_of_a_checkpoint(
     assert capsys.readouterr().out == of_run
 
 
+def test_spectrum_of_a_comparison_shows_every_run(
+    comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["spectrum", str(comparison)]) == 0
+    text = capsys.readouterr().out
+    assert [text.count(f"{name}:") for name in VARIANTS] == [1, 1, 1]
+    assert text.count("3.weight") == 3
+
+
 def test_incomplete_runs_and_damaged_files_are_one_line_errors(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("empty").mkdir()
     assert "holds no checkpoint.safetensors" in error(capsys, "spectrum", "empty")
+    assert "there is no file absent" in error(capsys, "spectrum", "absent")
     assert "no results.json" in error(capsys, "report", "empty")
     Path("cut").write_bytes((run / "checkpoint.safetensors").read_bytes()[:99])
     assert "not a complete tscnc checkpoint" in error(capsys, "spectrum", "cut")

@@ -87,9 +87,9 @@ def test_the_commit_is_read_from_gits_files(tmp_path: Path) -> None:
 
 
 def test_an_epoch_line_logs_whatever_names_it_gets() -> None:
-    record = {"phase": "finetune", "epoch": 3, "loss": 0.123456, "surprise": 2}
+    record = {"phase": "finetune", "epoch": 3, "loss": 0.123456, "kept": 123456}
     line = progress.epoch_line(record, 5)
-    assert line.split() == ["finetune", "3/5", "loss", "0.1235", "surprise", "2"]
+    assert line.split() == ["finetune", "3/5", "loss", "0.1235", "kept", "123456"]
 
 
 def test_tracking_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

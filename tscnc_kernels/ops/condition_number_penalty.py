@@ -25,6 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.logdet_gram import logdet_gram_float64
 from tscnc_kernels.sparsity import SparsityPattern
 
@@ -97,15 +98,24 @@ def _check_patterns(matrices: Sequence[Tensor], patterns: Patterns) -> None:
             )
 
 
+@torch.compiler.assume_constant_result
+def _live_lines(pattern: SparsityPattern) -> tuple[Tensor | None, Tensor | None]:
+    """Indices of the rows and columns with kept entries, None for all. A pattern never changes."""
+    found: list[Tensor | None] = []
+    for pointers in (pattern.row_pointers, pattern.column_pointers):
+        counts = pointers.diff()
+        found.append(counts.nonzero().flatten() if (counts == 0).any() else None)
+    return found[0], found[1]
+
+
 def _live_part(matrix: Tensor, pattern: SparsityPattern | None) -> Tensor:
     """W∘M without the rows and columns that M prunes whole."""
     if pattern is None:
         return matrix
     live = torch.where(pattern.mask.reshape(matrix.shape), matrix, 0)
-    for dim, pointers in enumerate((pattern.row_pointers, pattern.column_pointers)):
-        counts = pointers.diff()
-        if (counts == 0).any():
-            live = live.index_select(dim, counts.nonzero().flatten())
+    for dim, lines in enumerate(_live_lines(pattern)):
+        if lines is not None:
+            live = live.index_select(dim, lines)
     return live
 
 
@@ -144,8 +154,6 @@ def _from_singular_values(
     form: Form,
     tau: float,
 ) -> Tensor:
-    from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
-
     found = extreme_singular_values(
         matrices, patterns, state, rank="full" if patterns is None else "structural"
     )

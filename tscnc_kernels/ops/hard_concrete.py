@@ -222,7 +222,7 @@ def hard_concrete(
     _check(log_alpha, uniform, beta, gamma, zeta)
     chosen = _backend.select("hard_concrete", log_alpha.device, backend)
     log_alpha = log_alpha.contiguous()
-    noise = None if uniform is None else uniform.detach().contiguous()
+    noise = None if uniform is None else uniform.contiguous()
     if torch.is_grad_enabled() and log_alpha.requires_grad:
         return HardConcreteFunction.apply(  # type: ignore[no-untyped-call]
             log_alpha, noise, beta, gamma, zeta, chosen
@@ -242,7 +242,7 @@ def hard_concrete_active_probability(
         zeta: upper end, > 1.
 
     Returns:
-        Probabilities of log_alpha's shape and dtype.
+        Probabilities of log_alpha's shape and dtype; half types are computed in float32.
 
     Raises:
         ValueError: constants out of range.
@@ -252,4 +252,5 @@ def hard_concrete_active_probability(
     """
     _check_tensor("log_alpha", log_alpha)
     _check_constants(beta, gamma, zeta)
-    return torch.sigmoid(log_alpha - beta * math.log(-gamma / zeta))
+    exact = _sigmoid_argument(log_alpha, None, beta)
+    return torch.sigmoid(exact - beta * math.log(-gamma / zeta)).to(log_alpha.dtype)

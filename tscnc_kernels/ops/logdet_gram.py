@@ -92,7 +92,7 @@ def _reference_values(weights: Sequence[Tensor], ridge: float) -> Tensor:
         tall, factor, definite = _factor(weight, ridge)
         n = tall.shape[1]
         value = 2 * (factor.diagonal() / n**0.5).log().sum()
-        singular = torch.where(tall.isfinite().all(), -torch.inf, torch.nan)
+        singular = torch.where(tall.square().sum().isfinite(), -torch.inf, torch.nan)
         values.append(torch.where(definite, value, singular))
     return torch.stack(values)
 
@@ -195,7 +195,8 @@ def logdet_gram(
         0-d tensor for a tensor, (L,) for a list of L; float64 if any weight is, else float32. Where
         G is singular (a Cholesky pivot does not exceed what rounding can leave of zero, max(rows,
         columns) · 2⁻⁵² of its diagonal entry) the value is -inf and the gradient NaN; with the
-        default ridge only a zero weight is. NaN or infinite weights give NaN.
+        default ridge only a zero weight is. NaN or infinite weights, or squares that overflow
+        float64, give NaN.
 
     Raises:
         ValueError: empty list, a weight with fewer than two dimensions or without elements, several

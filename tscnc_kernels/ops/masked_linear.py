@@ -19,6 +19,8 @@ separate passes for dX and dW. Deviations: none in the formula; reductions are o
 results do not depend on threads.
 """
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tscnc_kernels import _backend
-from tscnc_kernels._autocast import autocast
+from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._vmap import register_loop_vmap
+from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Native first: benchmarks/results/*/masked_linear.csv.
@@ -166,22 +169,12 @@ def reference_backward(
     pattern: SparsityPattern,
     activation: str = "none",
     dense_grad: bool = False,
-    needs: tuple[bool, bool, bool] = (True, True, True),
+    needs: Sequence[bool] = (True, True, True),
 ) -> Gradients:
     """Gradients of `reference` for a 2-d input, themselves differentiable.
 
-    Args:
-        grad_output: (B, N).
-        saved: (B, N), Z; needed only with an activation.
-        input: (B, K).
-        weight: (N, K) or (nnz,).
-        pattern: the mask.
-        activation: as for `reference`.
-        dense_grad: as for `reference`.
-        needs: which of the three gradients to compute.
-
-    Returns:
-        Gradients of input, weight and bias; None where not needed.
+    `saved` is Z (B, N), needed only with an activation. `needs` tells which of the gradients of
+    input, weight and bias to compute; the others are None.
     """
     gradient = _activation_gradient(grad_output, saved, activation)
     grad_input = gradient @ _masked_weight(weight, pattern, dense_grad) if needs[0] else None
@@ -195,15 +188,9 @@ def reference_backward(
 
 @torch.library.register_fake("tscnc_kernels::masked_linear")
 def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_pointers: Tensor,
-    columns: Tensor,
-    activation: int,
-    save_preactivation: bool,
+    input: Tensor, weight: Tensor, bias: Tensor | None, row_pointers: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    batch, rows = input.shape[0], row_pointers.shape[0] - 1
+    batch, rows, save_preactivation = input.shape[0], row_pointers.shape[0] - 1, rest[-1]
     saved = input.new_empty((batch if save_preactivation else 0, rows))
     return input.new_empty((batch, rows)), saved
 
@@ -265,7 +252,7 @@ def _backward(
     weight: Tensor,
     pattern: SparsityPattern,
     options: _Options,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> Gradients:
     """First derivatives; `saved` is Y for relu and Z for gelu."""
     activation, dense_grad = options.activation, options.dense_grad
@@ -303,7 +290,7 @@ class MaskedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
         saved, input, weight, bias, *index = ctx.saved_tensors
-        options, needs = ctx.options, ctx.needs_input_grad[:3]
+        options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
         pattern = SparsityPattern(options.shape, *index)
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
@@ -314,6 +301,12 @@ class MaskedLinearFunction(torch.autograd.Function):
         else:
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
         return *gradients, None, *(None for _ in index)
+
+
+# torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
+MaskedLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    MaskedLinearFunction.forward
+)
 
 
 def choose_algorithm(pattern: SparsityPattern, backend: str, algorithm: str | None = None) -> str:
@@ -376,17 +369,23 @@ def masked_linear(
             SparsityPattern.
         RuntimeError: the backend or the algorithm cannot run here.
 
+    NaN: the panel algorithm does not read an input that no kept weight multiplies, so that NaN or
+    infinity there stays out of the result; a dense product would spread it.
+
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
         are cast as for
     F.linear. Determinism: the panel algorithm gives the same bits every run and for any number of
     threads.
     """
-    input, weight, bias = (autocast(tensor) for tensor in (input, weight, bias))
+    dtype = autocast_dtype(pattern.device) if isinstance(pattern, SparsityPattern) else None
+    if dtype is not None:
+        input, weight = cast(input, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
     _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
     chosen = _backend.select("masked_linear", input.device, backend)
     algorithm = choose_algorithm(pattern, chosen, algorithm)
     options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithm)
-    flat = input.reshape(-1, pattern.shape[1])
+    flat = input if input.ndim == 2 else input.reshape(-1, pattern.shape[1])
     bias = None if bias is None else bias.contiguous()
     tensors = [flat, weight] if bias is None else [flat, weight, bias]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -395,4 +394,4 @@ def masked_linear(
         )
     else:
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    return output.reshape(*input.shape[:-1], pattern.shape[0])  # type: ignore[no-any-return]
+    return output if input.ndim == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])

@@ -248,10 +248,11 @@ def test_exact_is_the_support_of_synflow_on_a_cnn(seed: int) -> None:
 def test_the_exact_mode_survives_a_depth_at_which_products_overflow() -> None:
     model = nn.Sequential(*[nn.Linear(40, 40, bias=False) for _ in range(300)])
     assert torch.tensor(40.0, dtype=torch.float64).pow(300).isinf()  # paths through one weight
-    masks = {"150.weight": torch.eye(40, dtype=torch.bool)}
+    eye = torch.eye(40, dtype=torch.bool)
+    masks = {"3.weight": eye, "150.weight": eye, "296.weight": eye}
     got = effective_masks(model, masks, torch.zeros(1, 40), "exact")
-    assert torch.equal(got["150.weight"], masks["150.weight"])
-    assert got["0.weight"].all() and got["299.weight"].all()
+    assert all(torch.equal(got[name], eye) for name in masks)
+    assert all(mask.all() for name, mask in got.items() if name not in masks)
 
 
 def test_weights_that_are_zero_but_not_pruned_stay_active() -> None:

@@ -72,6 +72,13 @@ def test_shares_are_rounded_to_their_neighbours_with_an_exact_total() -> None:
     assert kept == [5, 5, 4, 4]
 
 
+def test_the_largest_remainders_are_rounded_up() -> None:
+    scores = {"a": torch.rand(2, 5), "b": torch.rand(3, 5), "c": torch.rand(1, 11)}
+    # A quarter is 2.5, 3.75 and 2.75 weights, 9 in all.
+    kept = [int(mask.sum()) for mask in masks_from_scores(scores, 0.75, quota="uniform").values()]
+    assert kept == [2, 4, 3]
+
+
 @pytest.mark.parametrize("quota", ["uniform", "global"])
 def test_of_equal_scores_the_earlier_stay(quota: Quota) -> None:
     masks = masks_from_scores({"a": torch.ones(40, 50)}, 0.75, quota=quota)

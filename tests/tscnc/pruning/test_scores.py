@@ -148,7 +148,7 @@ def test_synflow_of_a_cnn_is_that_of_its_linear_twin() -> None:
 
 
 class Branching(nn.Module):
-    """Computes in place on what it has scaled, while the unscaled activation is still in use."""
+    """Computes in place, while what it changes is aliased or was saved by another layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,19 +160,21 @@ class Branching(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.stem(input)
-        y = x * 11
-        y += self.branch(x)
-        output: Tensor = self.head(y) - self.side(x) + self.offset
+        y = torch.tanh(x)
+        y += self.branch(x) * 11
+        side = self.side(x)
+        x += y
+        output: Tensor = self.head(x) - side + self.offset
         return output[0]
 
 
 def test_synflow_of_branches_by_hand() -> None:
     got = scores.synflow(Branching(), example_input=torch.zeros(1, 1))
-    # Of the output, 2·5 + 2·3·5 + 2·7 = 54, these are the parts that pass through each weight.
+    # The output is 2·(1 + 1 + 3)·5 + 2·7 = 64; these are its parts that pass through each weight.
     assert {name: score.item() for name, score in got.items()} == {
-        "stem.weight": 54,
+        "stem.weight": 64,
         "branch.weight": 30,
-        "head.weight": 40,
+        "head.weight": 50,
         "side.weight": 14,
     }
 

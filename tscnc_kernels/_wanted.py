@@ -1,0 +1,35 @@
+"""Which gradients a running backward pass wants from an autograd Function."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wanted_gradients(ctx: Any, inputs: Sequence[Tensor | None]) -> list[bool]:
+    """Per input, whether this backward pass uses its gradient.
+
+    `ctx.needs_input_grad` tells which inputs require one at all. A pass that asks for some tensors
+    only, like an attack's `torch.autograd.grad(loss, input)`, would still compute the weights'
+    gradients; torch's own ops ask the engine, and so does this.
+
+    Args:
+        ctx: the context of a backward that runs now.
+        inputs: the first arguments of `forward`; None for a missing one.
+    """
+    needed = list(ctx.needs_input_grad[: len(inputs)])
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return needed
+    nodes = iter(node for node, _ in ctx.next_functions)
+    found = [None if tensor is None else next(nodes) for tensor in inputs]
+    pairs = zip(needed, found, strict=True)
+    return [need and node is not None and _runs(node) for need, node in pairs]
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        # torch refuses to answer for leaves that autograd.grad() was asked for.
+        return True
