@@ -303,7 +303,10 @@ def test_numbers_are_written_for_readers() -> None:
         "∞",
     ]
     assert tables.points(0.7, 0.75) == "−5.0 points"
-    assert [tables.times(*pair) for pair in ((2.0, 6.0), (6.0, 2.0))] == ["÷ 3.00", "× 3.00"]
+    assert [tables.times(*pair) for pair in ((2.0, 6.0), (6.0, 2.0))] == [
+        "÷\u00a03.00",
+        "×\u00a03.00",
+    ]
 
 
 def test_ticks_of_logarithmic_axes() -> None:

@@ -85,7 +85,8 @@ def times(new: float, old: float) -> str:
         return "∞ now"
     if math.isinf(old):
         return "finite now"
-    return f"÷ {number(old / new)}" if new < old else f"× {number(new / old)}"
+    sign, change = ("÷", old / new) if new < old else ("×", new / old)
+    return f"{sign}\N{NO-BREAK SPACE}{number(change)}"
 
 
 def infinite(value: float | None) -> float:
