@@ -45,7 +45,7 @@ class StepTimes:
     Attributes:
         dense_masked: median of dense weights times masks in plain torch.
         ours: median of the masked layers.
-        ratio: median over the pairs of dense_masked / ours.
+        ratio: dense_masked / ours.
         pairs: pairs of steps behind these numbers.
         dropped: pairs left out because other work disturbed them.
         threads: CPU threads of both.
@@ -99,7 +99,7 @@ def seconds_per_step(model: nn.Module, dataset: Dataset, config: TrainConfig) ->
         config: task, attack, batch size and optimizer.
 
     Returns:
-        Medians over the undisturbed pairs; over all pairs where hardly any was undisturbed.
+        Medians over the undisturbed pairs; see `summarize`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -123,18 +123,26 @@ def summarize(pairs: list[tuple[_Clock, _Clock]]) -> StepTimes:
     """Returns the medians of pairs of (wall, processor) seconds, disturbed pairs left out.
 
     Args:
-        pairs: a dense-masked step and one of ours; at least one pair.
+        pairs: a dense-masked step and one of ours; at least one pair. Where fewer than five are
+            undisturbed, the five least disturbed count.
     """
-    quiet = [pair for pair in pairs if all(wall <= _DISTURBED * cpu for wall, cpu in pair)]
-    used = quiet if len(quiet) >= min(_FEWEST_PAIRS, len(pairs)) else pairs
+    calm = sorted(pairs, key=_disturbance)
+    quiet = sum(_disturbance(pair) <= _DISTURBED for pair in pairs)
+    used = calm[: max(quiet, _FEWEST_PAIRS)]
+    dense, ours = (statistics.median(pair[side][0] for pair in used) for side in (0, 1))
     return StepTimes(
-        dense_masked=statistics.median(dense[0] for dense, _ in used),
-        ours=statistics.median(ours[0] for _, ours in used),
-        ratio=statistics.median(dense[0] / ours[0] for dense, ours in used),
+        dense_masked=dense,
+        ours=ours,
+        ratio=dense / ours,
         pairs=len(used),
         dropped=len(pairs) - len(used),
         threads=1,
     )
+
+
+def _disturbance(pair: tuple[_Clock, _Clock]) -> float:
+    """Returns how many times its processor time a step took, the worse of the two."""
+    return max(wall / max(processor, 1e-9) for wall, processor in pair)
 
 
 def checkpoint_bytes(

@@ -74,11 +74,13 @@ def test_disturbed_pairs_are_left_out() -> None:
     assert times.ratio == pytest.approx(4.0)
 
 
-def test_all_pairs_count_where_hardly_any_was_undisturbed() -> None:
-    disturbed = ((0.8, 0.4), (0.2, 0.1))
-    times = measure.summarize([disturbed] * 4 + [((0.4, 0.4), (0.2, 0.2))])
-    assert (times.pairs, times.dropped) == (5, 0)
-    assert (times.dense_masked, times.ours) == (0.8, 0.2)
+def test_the_least_disturbed_pairs_count_where_few_are_undisturbed() -> None:
+    disturbed = [((0.1 * times, 0.1), (0.2, 0.2)) for times in range(9, 0, -1)]
+    times = measure.summarize(disturbed)
+    assert (times.pairs, times.dropped) == (5, 4)
+    assert times.dense_masked == pytest.approx(0.3)
+    assert times.ratio == pytest.approx(1.5)
+    assert measure.summarize(disturbed[:2]).pairs == 2
 
 
 def test_checkpoint_bytes_are_those_of_the_file(tmp_path) -> None:  # type: ignore[no-untyped-def]

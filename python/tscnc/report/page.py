@@ -53,7 +53,7 @@ def _page(folder: RunFolder, results: Mapping[str, Any]) -> str:
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(runs[-1].results["label"]),
         setting=escape(_setting(runs[-1].results)),
-        lead=f'<p class="lead">{tables.judgement(rows)}</p>' if judged else "",
+        lead=tables.judgement(rows) if judged else "",
         cards=_cards(runs),
         table=tables.measurements(rows, runs, judged=judged),
         width="narrow" if len(runs) == 1 else "",

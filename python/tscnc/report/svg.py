@@ -216,7 +216,7 @@ def decades(low: float, high: float) -> list[float]:
 def power_of_ten(value: float) -> str:
     """Returns a tick's label: plain from 0.01 to 1000, else like `10⁻⁴`."""
     if 0.0099 <= value <= 1001:
-        return f"{value:.3g}"
+        return f"{value:.4g}"
     exponent = math.floor(math.log10(value) + 1e-9)
     mantissa = value / 10.0**exponent
     head = "" if abs(mantissa - 1) < 1e-6 else f"{mantissa:.2g}·"
@@ -285,13 +285,13 @@ def _inline(svg: str, describe: str) -> str:
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
     for name, colour in _COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
-    body = re.sub(r"\n\s*", "\n", _with_own_ids(body))
+    body = re.sub(r"\n\s*", "\n", _with_own_ids(body, describe))
     return f'<svg viewBox="{box}" role="img" aria-label="{html.escape(describe)}">{body}</svg>'
 
 
-def _with_own_ids(body: str) -> str:
+def _with_own_ids(body: str, describe: str) -> str:
     """Drops ids that nothing refers to, and makes the others unique on a page of many pictures."""
-    prefix = f"p{zlib.crc32(body.encode('utf-8')):08x}-"
+    prefix = f"p{zlib.crc32((describe + body).encode('utf-8')):08x}-"
     used = {*re.findall(r'href="#([^"]+)"', body), *re.findall(r"url\(#([^)]+)\)", body)}
     body = re.sub(
         r' id="([^"]+)"',

@@ -85,7 +85,8 @@ def times(new: float, old: float) -> str:
         return "∞ now"
     if math.isinf(old):
         return "finite now"
-    return f"÷ {number(old / new)}" if new < old else f"× {number(new / old)}"
+    sign, change = ("÷", old / new) if new < old else ("×", new / old)
+    return f"{sign}\N{NO-BREAK SPACE}{number(change)}"
 
 
 def infinite(value: float | None) -> float:
@@ -132,20 +133,22 @@ def verdict(row: Row) -> tuple[str, str]:
 
 
 def judgement(table: Sequence[Row]) -> str:
-    """Returns a sentence on what the third run does better than the second, and what not."""
-    words = {"better": "better in", "same": "the same in", "worse": "worse in"}
-    found: dict[str, dict[str, list[str]]] = {kind: {} for kind in words}
+    """Returns a list of what the third run does better than the second, the same, and worse."""
+    found: dict[str, dict[str, list[str]]] = {"better": {}, "same": {}, "worse": {}}
     for row in table:
         kind, _ = verdict(row)
         if kind:
             names = found[kind].setdefault(row.phrase, [])
             names += [row.name] if row.phrase.endswith(" of") else []
-    told = []
+    lines = []
     for kind, phrases in found.items():
         if phrases:
             parts = [f"{phrase} {', '.join(names)}".strip() for phrase, names in phrases.items()]
-            told.append(f"<b>{words[kind]}</b> {escape('; '.join(parts))}")
-    return f"Against pruning alone (b), this network (c) is {', and '.join(told)}."
+            lines.append(f'<dt class="{kind}">{kind}</dt><dd>{escape("; ".join(parts))}</dd>')
+    return (
+        '<p class="lead">Against pruning alone (b), this network (c) is</p>'
+        f'<dl class="judgement">{"".join(lines)}</dl>'
+    )
 
 
 def measurements(table: Sequence[Row], runs: Sequence[Run], *, judged: bool) -> str:
