@@ -37,7 +37,6 @@ if platform.machine() in {"x86_64", "AMD64"}:
     ISA_FLAGS["avx512"] = [*avx2, *avx512]
 
 
-
 def source_digest() -> str:
     """Hash of every native source, compiled in so that a stale binary is recognised at import."""
     digest = hashlib.sha256()

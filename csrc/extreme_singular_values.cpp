@@ -116,23 +116,32 @@ double cost(const SpectralMatrix& a) {
   return static_cast<double>(a.mask ? a.nnz : a.rows * a.cols) * n + n * n * n;
 }
 
-// Runs the jobs longest first, each thread taking the next one; every thread has one workspace.
+// Runs the jobs longest first. Slot k starts with the k-th job and then takes the next one left, so
+// its workspace has to hold that job and the largest of those behind the first round, not the
+// largest of all.
 template <class Run>
 void run_jobs(const std::vector<Job>& jobs, const Run& run) {
   const auto workspace_size = TSCNC_SELECT(extreme_singular_values_workspace);
-  int64_t size = 0;
-  for (const Job& job : jobs) size = std::max(size, workspace_size(job.matrix));
   std::vector<size_t> order(jobs.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return cost(jobs[a].matrix) > cost(jobs[b].matrix); });
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), jobs.size());
-  Tensor workspace = torch::stable::empty({threads * size}, ScalarType::Double);
+  const size_t slots = std::min<size_t>(torch::stable::get_num_threads(), jobs.size());
+  int64_t largest_behind = 0;
+  for (size_t at = slots; at < order.size(); ++at) {
+    largest_behind = std::max(largest_behind, workspace_size(jobs[order[at]].matrix));
+  }
+  std::vector<int64_t> begin(1, 0);
+  for (size_t slot = 0; slot < slots; ++slot) {
+    const int64_t own = workspace_size(jobs[order[slot]].matrix);
+    begin.push_back(begin.back() + std::max(own, largest_behind));
+  }
+  Tensor workspace = torch::stable::empty({begin.back()}, ScalarType::Double);
   double* base = static_cast<double*>(workspace.mutable_data_ptr());
-  std::atomic<size_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+  std::atomic<size_t> next{slots};
+  torch::stable::parallel_for(0, static_cast<int64_t>(slots), 1, [&](int64_t first, int64_t last) {
     for (int64_t slot = first; slot < last; ++slot) {
-      for (size_t at = next++; at < order.size(); at = next++) run(order[at], base + slot * size);
+      for (size_t at = slot; at < order.size(); at = next++) run(order[at], base + begin[slot]);
     }
   });
 }

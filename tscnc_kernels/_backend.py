@@ -20,6 +20,7 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 _forced: str | None = os.environ.get("TSCNC_BACKEND") or None
 _registry: dict[str, tuple[str, ...]] = {}
+_chosen: dict[tuple[str, str], str | None] = {}
 
 
 def register(op: str, backends: tuple[str, ...]) -> None:
@@ -55,11 +56,14 @@ def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _first_available(op: str, device_type: str) -> str:
-    for backend in _registry[op]:
-        if why_unavailable(op, backend, device_type) is None:
-            logger.debug("%s on %s: backend %s", op, device_type, backend)
-            return backend
-    raise RuntimeError(f"{op}: no backend runs on {device_type}")
+    if (op, device_type) not in _chosen:
+        runs = (b for b in _registry[op] if why_unavailable(op, b, device_type) is None)
+        _chosen[op, device_type] = next(runs, None)
+        logger.debug("%s on %s: backend %s", op, device_type, _chosen[op, device_type])
+    backend = _chosen[op, device_type]
+    if backend is None:
+        raise RuntimeError(f"{op}: no backend runs on {device_type}")
+    return backend
 
 
 def _check_name(name: str) -> None:

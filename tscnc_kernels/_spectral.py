@@ -1,11 +1,13 @@
 """What `extreme_singular_values` returns, what it reads of a pattern, its reference's packing."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+
+from tscnc_kernels.sparsity import SparsityPattern
 
 # Bits of `flags`. CAP_REACHED: the promised error may be missed. SHIFTED and REFACTORED tell how
 # the smallest singular value was found: the factor was shifted, or taken from A instead of AᵀA.
@@ -19,13 +21,6 @@ _UNIT = 2.0**-53
 # block of tied vectors, (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds;
 # float64 or int64.
 Raw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class Pattern(Protocol):
-    """What is read of a `SparsityPattern`; it must never change."""
-
-    @property
-    def mask(self) -> Tensor: ...
 
 
 class Bounds(NamedTuple):
@@ -89,28 +84,27 @@ def check_state(state: Tensor, matrices: Sequence[Tensor]) -> None:
         )
 
 
-_structures: WeakKeyDictionary[Pattern, Tensor] = WeakKeyDictionary()
+_structures: WeakKeyDictionary[SparsityPattern, Tensor] = WeakKeyDictionary()
 
 
-def mask_of(index: int, pattern: Pattern | None, matrix: Tensor) -> Tensor:
+def mask_of(index: int, pattern: SparsityPattern | None, matrix: Tensor) -> Tensor:
     """The pattern's mask as a matrix; an empty tensor stands for no pattern."""
     if pattern is None:
         return matrix.new_empty(0, dtype=torch.bool)
-    mask = getattr(pattern, "mask", None)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    if not isinstance(pattern, SparsityPattern):
         raise TypeError(
             f"expected patterns[{index}] to be a SparsityPattern, got {type(pattern).__name__}"
         )
-    if mask.numel() != matrix.numel() or mask.shape[0] != matrix.shape[0]:
+    if pattern.matrix_shape != tuple(matrix.shape):
         raise ValueError(
-            f"expected patterns[{index}] of shape {tuple(matrix.shape)}, got {tuple(mask.shape)}"
+            f"expected patterns[{index}] of shape {tuple(matrix.shape)}, got {pattern.shape}"
         )
-    if mask.device != matrix.device:
-        raise ValueError(f"expected patterns[{index}] on {matrix.device}, got {mask.device}")
-    return mask.reshape(matrix.shape).contiguous()
+    if pattern.device != matrix.device:
+        raise ValueError(f"expected patterns[{index}] on {matrix.device}, got {pattern.device}")
+    return pattern.mask.reshape(matrix.shape)
 
 
-def structure_of(pattern: Pattern | None, mask: Tensor) -> Tensor:
+def structure_of(pattern: SparsityPattern | None, mask: Tensor) -> Tensor:
     """Structural rank and the flags of live rows and columns, found once per pattern.
 
     Inside a compiled graph there is nothing to remember them in, and they are found on every call.

@@ -119,7 +119,8 @@ class KrylovSpace {
  private:
   double* row(int64_t i) { return basis_ + i * ld_; }
 
-  // Looking at the Ritz values costs size^3, a step size * n and the operator: small matrices look less often.
+  // Looking at the Ritz values costs size^3, a step size * n and the operator: small matrices look
+  // less often.
   int64_t check_after(int64_t size) const {
     const int64_t more = n_ < 256 ? 3 * size / 4 : size / 3;
     return size + (more > 4 ? more : 4);
@@ -233,17 +234,20 @@ KrylovResult power_iteration(const Apply& apply, int64_t n, int64_t ld,
   std::memcpy(x, block, static_cast<size_t>(ld) * sizeof(double));
   append_orthonormal(nullptr, 0, n, ld, x, 0, &column);
   KrylovResult result = {1, 1};
+  double residual = 1;
   for (int64_t step = 0; step < options.max_blocks && result.error > options.tolerance; ++step) {
     std::memcpy(y, x, static_cast<size_t>(ld) * sizeof(double));
     std::memset(unused, 0, static_cast<size_t>(ld) * sizeof(double));
     apply(y, unused);
     const double value = dot(x, y, ld);
     add_scaled(x, -1 / value, y, ld);
-    const double residual = std::sqrt(dot(x, x, ld));
+    residual = std::sqrt(dot(x, x, ld));
     result.error = residual * residual;
     std::memcpy(x, y, static_cast<size_t>(ld) * sizeof(double));
     if (normalise(x, ld) == 0) break;
   }
+  // The square stands for the error only once it is small; before, the residual itself does.
+  if (result.error > options.tolerance) result.error = residual;
   std::memcpy(block, x, static_cast<size_t>(ld) * sizeof(double));
   if (n > 1) {
     std::memset(block + ld, 0, static_cast<size_t>(ld) * sizeof(double));

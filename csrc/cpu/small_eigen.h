@@ -24,7 +24,8 @@ inline void tridiagonalise(int64_t k, double* a, double* d, double* e, double* q
     for (int64_t i = 0; i < k; ++i) v[i] = i <= c ? 0 : a[i * k + c];
     v[c + 1] -= alpha;
     const double beta = 2 / (v[c + 1] * v[c + 1] + squares);
-    // By rows, which the compiler vectorises: p = beta A v, then A -= v p' + p v' with p made orthogonal.
+    // By rows, which the compiler vectorises: p = beta A v, then A -= v p' + p v' with p made
+    // orthogonal.
     for (int64_t j = c; j < k; ++j) p[j] = 0;
     for (int64_t i = c + 1; i < k; ++i) {
       const double scale = beta * v[i];

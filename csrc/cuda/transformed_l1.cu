@@ -89,22 +89,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Storage>
-__global__ void __launch_bounds__(kThreads)
-    transformed_l1_prox_kernel(const Storage* input, Storage* output, int64_t numel,
-                               Math<Storage> lambda, Math<Storage> a) {
-  const int64_t begin = int64_t(blockIdx.x) * kChunk<Storage>;
-  const int64_t rest = numel - begin;
-  const int size = rest < kChunk<Storage> ? int(rest) : kChunk<Storage>;
-  visit_chunk<true, kThreads>(input + begin, output + begin, size, [&](auto& elements) {
-#pragma unroll
-    for (Storage& element : elements) {
-      const auto x = static_cast<Math<Storage>>(element);
-      element = static_cast<Storage>(transformed_l1_prox(x, lambda, a));
-    }
-  });
-}
-
-template <typename Storage>
 int64_t chunk_count(int64_t numel) {
   return (numel + kChunk<Storage> - 1) / kChunk<Storage>;
 }
@@ -167,17 +151,6 @@ cudaError_t launch_transformed_l1(const void* const* inputs, void* const* grads,
     return launch(sum_chunks_kernel<Math<Storage>>, dim3(1), dim3(kThreads), 0, stream,
                   static_cast<const double*>(workspace), chunks,
                   static_cast<Math<Storage>*>(value));
-  });
-}
-
-cudaError_t launch_transformed_l1_prox(const void* input, void* output, int64_t numel, DType dtype,
-                                       double lambda, double a, cudaStream_t stream) {
-  if (numel == 0) return cudaSuccess;
-  return dispatch_storage(dtype, [&](auto storage) {
-    using Storage = decltype(storage);
-    return launch(transformed_l1_prox_kernel<Storage>, dim3(unsigned(chunk_count<Storage>(numel))),
-                  dim3(kThreads), 0, stream, static_cast<const Storage*>(input),
-                  static_cast<Storage*>(output), numel, Math<Storage>(lambda), Math<Storage>(a));
   });
 }
 

@@ -27,8 +27,4 @@ cudaError_t launch_transformed_l1(const void* const* inputs, void* const* grads,
                                   void* value, double* workspace, const void* grad_output,
                                   cudaStream_t stream);
 
-// output = prox_{lambda rho_a}(input), elementwise.
-cudaError_t launch_transformed_l1_prox(const void* input, void* output, int64_t numel, DType dtype,
-                                       double lambda, double a, cudaStream_t stream);
-
 }  // namespace tscnc::cuda

@@ -79,8 +79,8 @@ def accuracy_vs_epsilon(
     length = step_size(config, config.eval_steps)
     curve = []
     for factor in _RADII:
-        epsilon = factor * config.epsilon
-        if epsilon == 0:
+        epsilon = float(f"{factor * config.epsilon:.12g}")
+        if factor == 0:
             share = accuracy(model, images, labels)
         else:
             threat = ThreatModel(config.threat, epsilon)
@@ -123,7 +123,7 @@ def evaluate_run(
         layers = _layers(model, masks, sizes["layers"], spectra_before)
     finally:
         model.train(training)
-    by_radius = {point["epsilon"]: point["accuracy"] for point in curve}
+    by_radius = {r: point["accuracy"] for r, point in zip(_RADII, curve, strict=True)}
     times = measure.seconds_per_step(model, dataset, config) if masks else None
     metadata = measure.checkpoint_metadata(dataset, config)
     results = {
@@ -135,7 +135,7 @@ def evaluate_run(
         "threat": config.threat,
         "accuracy": {
             "clean": by_radius[0.0],
-            "pgd": by_radius[config.epsilon],
+            "pgd": by_radius[1.0],
             "pgd_steps": config.eval_steps,
             "examples": len(dataset.test_labels),
         },

@@ -13,9 +13,3 @@ extern "C" int transformed_l1(const void* const* inputs, void* const* grads, con
   return tscnc::cuda::launch_transformed_l1(inputs, grads, numels, count, DType(dtype), a, value,
                                             workspace, grad_output, nullptr);
 }
-
-extern "C" int transformed_l1_prox(const void* input, void* output, int64_t numel, int dtype,
-                                   double lambda, double a) {
-  return tscnc::cuda::launch_transformed_l1_prox(input, output, numel, DType(dtype), lambda, a,
-                                                 nullptr);
-}

@@ -5,20 +5,14 @@ import pytest
 import torch
 
 from tests.op_suite import OpSpec, OpSuite, check_close
-from tscnc_kernels import extreme_singular_values
-from tscnc_kernels._spectral import CAP_REACHED, MAX_TIES, RANK_DEFICIENT, REFACTORED
+from tests.spectra import exact, gaussian, with_spectrum
+from tscnc_kernels import SparsityPattern, extreme_singular_values
+from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT, REFACTORED
 from tscnc_kernels.ops.extreme_singular_values import reference
 
 # σ and κ of [[1, 2], [3, 4], [5, 6]].
 GOLDEN = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
 GOLDEN_SIGMA = (9.52551809, 0.51430058)
-
-
-class FixedPattern:
-    """A mask and nothing else, which is all that the op reads of a pattern."""
-
-    def __init__(self, mask):
-        self.mask = mask
 
 
 def values(matrices, patterns=None, **kwargs):
@@ -37,7 +31,7 @@ def several(make):
 
 def pruned(make):
     mask = torch.arange(12 * 7).reshape(12, 7) % 3 > 0
-    return ([make(12, 7)], [FixedPattern(mask)]), {}
+    return ([make(12, 7)], [SparsityPattern.from_mask(mask)]), {}
 
 
 def raw_calls():
@@ -68,17 +62,6 @@ class TestExtremeSingularValues(OpSuite):
     )
 
 
-def gaussian(rows, cols, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, cols, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def with_spectrum(rows, cols, sigma, seed=0):
-    left, _ = torch.linalg.qr(gaussian(rows, len(sigma), seed, torch.float64))
-    right, _ = torch.linalg.qr(gaussian(cols, len(sigma), seed + 1, torch.float64))
-    return ((left * torch.as_tensor(sigma)) @ right.mT).float()
-
-
 def spectra(kappa, n=96):
     one_small = np.linspace(1, 1.2, n)
     one_small[0] = 1 / kappa
@@ -88,10 +71,6 @@ def spectra(kappa, n=96):
     tail[:20] = np.geomspace(1 / kappa, 1, 20)
     shapes = {"one_small": one_small, "cluster": cluster, "flat_and_tail": tail}
     return {"geometric": np.geomspace(1 / kappa, 1, n), **shapes}
-
-
-def exact(matrix, mask=None):
-    return torch.linalg.svdvals(matrix.double() if mask is None else matrix.double() * mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -162,7 +141,7 @@ def test_odd_sizes_beyond_the_krylov_basis_match_the_reference(isa, dtype):
 def test_pruned_matrices_equal_their_dense_product(density, shape):
     mask = torch.rand(*shape, generator=torch.Generator().manual_seed(3)) < density
     weight = gaussian(*shape).masked_fill(~mask, math.nan)
-    pattern = FixedPattern(mask)
+    pattern = SparsityPattern.from_mask(mask)
     s = exact(weight.nan_to_num(), mask)
     numerical_rank = int((s > 1e-12 * s[0]).sum())
     structural = extreme_singular_values([weight], [pattern], rank="structural")
@@ -197,7 +176,9 @@ def test_structural_rank_counts_what_any_values_can_reach():
 @pytest.mark.parametrize("rank", ["full", "structural"])
 def test_all_pruned_matrix_is_zero(rank):
     weight, mask = gaussian(4, 6).requires_grad_(), torch.zeros(4, 6, dtype=torch.bool)
-    result = extreme_singular_values([weight], [FixedPattern(mask)], rank=rank, certify=True)
+    result = extreme_singular_values(
+        [weight], [SparsityPattern.from_mask(mask)], rank=rank, certify=True
+    )
     assert result.sigma_max.item() == 0 and result.sigma_min.item() == 0
     assert result.rank.item() == (4 if rank == "full" else 0)
     assert result.flags.item() & RANK_DEFICIENT
@@ -223,6 +204,14 @@ def test_rank_deficiency_gives_zero_never_a_plausible_number(copies):
     assert (gradient == 0).all()
 
 
+def test_a_convolution_pattern_is_taken_as_its_matrix():
+    mask = torch.rand(8, 3, 2, 2, generator=torch.Generator().manual_seed(4)) < 0.5
+    weight, pattern = gaussian(8, 12), SparsityPattern.from_mask(mask)
+    result = extreme_singular_values([weight], [pattern])
+    s = exact(weight, mask.reshape(8, 12))
+    assert result.sigma_max.item() == pytest.approx(s[0].item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -246,145 +235,25 @@ def test_float64_range(scale):
     assert (result.sigma_min / scale).item() == pytest.approx(s[-1].item(), rel=1e-12)
 
 
-def test_tied_values_average_their_outer_products():
-    diagonal = torch.tensor([3.0, 3.0, 3.0, 2.0, 1.0, 1.0], dtype=torch.float64)
-    turn, _ = torch.linalg.qr(gaussian(6, 6, 1, torch.float64))
-    matrix = (torch.diag(diagonal) @ turn).requires_grad_()
-    result = extreme_singular_values([matrix])
-    (top,) = torch.autograd.grad(result.sigma_max.sum(), matrix, retain_graph=True)
-    (bottom,) = torch.autograd.grad(result.sigma_min.sum(), matrix)
-    third, half = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
-    third[:3], half[4:] = 1 / 3, 1 / 2
-    check_close(top, torch.diag(third) @ turn, 1e-9, "top")
-    check_close(bottom, torch.diag(half) @ turn, 1e-9, "bottom")
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("create_graph", [False, True])
-def test_identity_has_finite_symmetric_gradient(backend, create_graph):
-    eye = torch.eye(MAX_TIES - 3, dtype=torch.float64, requires_grad=True)
-    result = extreme_singular_values([eye], backend=backend)
-    log_kappa = result.sigma_max.log() - 2 * result.sigma_min.log()
-    (gradient,) = torch.autograd.grad(log_kappa.sum(), eye, create_graph=create_graph)
-    check_close(gradient, -eye / len(eye), 1e-12, "gradient")
-
-
-def test_tie_tolerance_decides_what_is_tied():
-    matrix = torch.diag(torch.tensor([2.0, 1.999, 1.0], dtype=torch.float64)).requires_grad_()
-    for tie_tol, expected in ((1e-4, [1.0, 0, 0]), (1e-2, [0.5, 0.5, 0])):
-        result = extreme_singular_values([matrix], tie_tol=tie_tol)
-        (gradient,) = torch.autograd.grad(result.sigma_max.sum(), matrix)
-        check_close(gradient.diag(), torch.tensor(expected), 1e-9, f"tie_tol={tie_tol}")
-
-
-def test_gradient_is_zero_off_the_mask_and_ignores_what_lies_there():
-    mask = torch.rand(30, 20, generator=torch.Generator().manual_seed(5)) < 0.4
-    pattern = FixedPattern(mask)
-    gradients = []
-    for fill in (0.0, 7.0, math.nan):
-        weight = gaussian(30, 20).masked_fill(~mask, fill).requires_grad_()
-        result = extreme_singular_values([weight], [pattern], rank="structural")
-        kappa = result.sigma_max.log() - result.sigma_min.log()
-        gradients.append(torch.autograd.grad(kappa.sum(), weight)[0])
-        assert (gradients[-1][~mask] == 0).all() and (gradients[-1][mask] != 0).any()
-    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
-
-
-@pytest.mark.parametrize("shape", [(200, 80), (80, 200), (150, 150)])
-def test_gradient_is_the_directional_derivative(shape):
-    weight = gaussian(*shape).requires_grad_()
-    direction = gaussian(*shape, seed=9).double()
-    result = extreme_singular_values([weight])
-    kappa = result.sigma_max.log() - result.sigma_min.log()
-    (gradient,) = torch.autograd.grad(kappa.sum(), weight)
-    step = 1e-4 / shape[0]
-    s = [exact(weight.detach().double() + sign * step * direction) for sign in (1, -1)]
-    log_kappa = [(value[0] / value[-1]).log() for value in s]
-    expected = (log_kappa[0] - log_kappa[1]) / (2 * step)
-    actual = (gradient.double() * direction).sum()
-    assert actual.item() == pytest.approx(expected.item(), rel=2e-3, abs=2e-3)
-
-
-def test_warm_start_meets_the_warm_error_and_is_not_changed():
-    shapes = [(160, 96), (96, 400), (128, 128)]
-    matrices = [gaussian(*shape, seed=i) for i, shape in enumerate(shapes)]
-    state = extreme_singular_values(matrices).state
-    assert state.shape == (4, 96 + 96 + 128)
-    for step in range(4):
-        for i, matrix in enumerate(matrices):
-            noise = gaussian(*matrix.shape, seed=100 * step + i)
-            matrix += noise * (1e-3 * matrix.norm() / noise.norm())
-        before = state.clone()
-        result = extreme_singular_values(matrices, state=state)
-        assert torch.equal(state, before) and result.state.data_ptr() != state.data_ptr()
-        for i, matrix in enumerate(matrices):
-            s = exact(matrix)
-            assert abs(result.sigma_max[i].item() / s[0].item() - 1) <= 1e-5
-            assert abs(result.sigma_min[i].item() / s[-1].item() - 1) <= 1e-3
-        state = result.state
-
-
-@pytest.mark.parametrize("fill", [0.0, math.nan, math.inf, 1e300])
-def test_a_useless_state_does_no_harm(fill):
-    matrix = gaussian(90, 70)
-    state = torch.full((4, 70), fill, dtype=torch.float64)
-    result = extreme_singular_values([matrix], state=state)
-    s = exact(matrix)
-    assert result.sigma_max.item() == pytest.approx(s[0].item(), rel=1e-5)
-    assert result.sigma_min.item() == pytest.approx(s[-1].item(), rel=1e-5)
-
-
-def test_removed_rows_can_turn_a_matrix_round():
-    mask = torch.zeros(9, 7, dtype=torch.bool)
-    mask[:4] = torch.rand(4, 7, generator=torch.Generator().manual_seed(2)) < 0.9
-    pattern, weight = FixedPattern(mask), gaussian(9, 7).requires_grad_()
-    s = exact(weight.detach(), mask)
-    state = None
-    for _ in range(2):
-        result = extreme_singular_values([weight], [pattern], state, rank="structural")
-        state = result.state
-        assert result.rank.item() == 4
-        assert result.sigma_min.item() == pytest.approx(s[3].item(), rel=1e-6)
-        check_close(result.state[0].norm(), torch.tensor(1.0), 1e-9, "state")
-
-
-@pytest.mark.parametrize("kappa", [1.5, 1e2, 1e4, 1e8])
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_certified_bounds_hold(kappa, backend):
-    matrices = [
-        with_spectrum(*shape, np.geomspace(1 / kappa, 1, 24)) for shape in [(60, 24), (24, 24)]
-    ]
-    bounds = extreme_singular_values(matrices, certify=True, backend=backend).bounds
-    for i, matrix in enumerate(matrices):
-        s = exact(matrix)
-        truth = {"sigma_max": s[0], "sigma_min": s[-1], "kappa": s[0] / s[-1]}
-        for name, value in truth.items():
-            lower, upper = getattr(bounds, name)[i].tolist()
-            assert lower <= value.item() * (1 + 1e-6 / kappa) and value.item() <= upper, name
-            if kappa <= 1e4:
-                assert upper / lower - 1 <= (1e-3 if kappa <= 1e3 else 5e-2), name
-
-
-def test_certified_bounds_of_a_deficient_matrix_are_honest():
-    matrix = gaussian(20, 10)
-    matrix[:, 3] = matrix[:, 4]
-    bounds = extreme_singular_values([matrix], certify=True).bounds
-    assert bounds.sigma_min[0, 0] == 0 and bounds.sigma_min[0, 1] < 1e-10
-    assert bounds.kappa[0, 0] > 1e10 and bounds.kappa[0, 1] == math.inf
-
-
 def test_power_iteration_flags_what_it_does_not_reach():
-    # The gap of the two leading values is 1e-6: far too many steps.
-    matrix = with_spectrum(100, 70, np.concatenate([[1.0, 1 - 1e-6], np.linspace(0.9, 0.1, 68)]))
-    result = extreme_singular_values([matrix], method="power")
-    assert result.sigma_max.item() == pytest.approx(1.0, rel=1e-3)
-    assert result.sigma_min.item() == pytest.approx(exact(matrix)[-1].item(), rel=1e-3)
+    slow = with_spectrum(300, 200, np.linspace(0.99, 1, 200))
+    quick = with_spectrum(60, 40, np.geomspace(1, 1e3, 40))
+    result = extreme_singular_values([slow, quick], method="power")
+    assert result.flags[0].item() & CAP_REACHED and result.flags[1].item() == 0
+    # Never above the largest value, never below the smallest.
+    s = exact(slow)
+    assert 0.99 * s[0] <= result.sigma_max[0] <= s[0] * (1 + 1e-6)
+    assert result.sigma_min[0] >= s[-1] * (1 - 1e-6)
+    assert result.sigma_max[1].item() == pytest.approx(exact(quick)[0].item(), rel=1e-6)
+    assert result.sigma_min[1].item() == pytest.approx(exact(quick)[-1].item(), rel=1e-6)
 
 
 def test_mixed_list_is_float64_and_patterns_may_be_missing():
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     matrices = [gaussian(6, 4, dtype=torch.bfloat16), gaussian(5, 5, dtype=torch.float64)]
-    result = extreme_singular_values(matrices, [None, FixedPattern(mask)], rank="structural")
+    result = extreme_singular_values(
+        matrices, [None, SparsityPattern.from_mask(mask)], rank="structural"
+    )
     assert result.sigma_max.dtype == torch.float64 and result.u_max[0].dtype == torch.float64
     assert [len(u) for u in result.u_max] == [6, 5] and [len(v) for v in result.v_min] == [4, 5]
     for i, s in enumerate((exact(matrices[0]), exact(matrices[1], mask))):
@@ -404,7 +273,12 @@ def test_mixed_list_is_float64_and_patterns_may_be_missing():
         (ValueError, "got 'qr'", ([GOLDEN],), {"method": "qr"}),
         (ValueError, "got -1", ([GOLDEN],), {"tie_tol": -1}),
         (ValueError, "got 0 for 1", ([GOLDEN], []), {}),
-        (ValueError, r"got \(2, 3\)", ([GOLDEN], [FixedPattern(torch.ones(2, 3).bool())]), {}),
+        (
+            ValueError,
+            r"got \(2, 3\)",
+            ([GOLDEN], [SparsityPattern.from_mask(torch.ones(2, 3).bool())]),
+            {},
+        ),
         (TypeError, "got object", ([GOLDEN], [object()]), {}),
         (ValueError, r"got \(4, 3\)", ([GOLDEN], None, torch.zeros(4, 3).double()), {}),
         (TypeError, "got torch.float32", ([GOLDEN], None, torch.zeros(4, 2)), {}),

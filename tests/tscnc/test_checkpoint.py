@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from tscnc_kernels.nn import sparsify
 
 from tscnc import models
 from tscnc.checkpoint import (
@@ -17,6 +16,7 @@ from tscnc.checkpoint import (
     save_checkpoint,
     unpack_mask,
 )
+from tscnc_kernels.nn import sparsify
 
 SHAPE = (1, 6, 6)
 

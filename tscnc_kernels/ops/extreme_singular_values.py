@@ -30,7 +30,6 @@ from tscnc_kernels import _backend
 from tscnc_kernels._spectral import (
     MAX_TIES,
     ExtremeSingularValues,
-    Pattern,
     Raw,
     check_matrix,
     check_state,
@@ -40,6 +39,7 @@ from tscnc_kernels._spectral import (
     unpack,
 )
 from tscnc_kernels._vmap import register_loop_vmap
+from tscnc_kernels.sparsity import SparsityPattern
 
 # Native first: benchmarks/results/*/extreme_singular_values.csv.
 BACKENDS = ("native", "reference")
@@ -57,7 +57,7 @@ class _Settings(NamedTuple):
 
 def _check(
     matrices: Sequence[Tensor],
-    patterns: Sequence[Pattern | None] | None,
+    patterns: Sequence[SparsityPattern | None] | None,
     state: Tensor | None,
     rank: str,
     tie_tol: float,
@@ -161,10 +161,10 @@ def reference_backward(
         finite = torch.isfinite(w.detach()).all()
         svd = torch.linalg.svd(torch.where(finite, tall.detach(), 0.0), full_matrices=False)
         ends = _ends(svd.S, _last(index, w, structures, structural), w.shape)
-        gradient = sum(
-            grad_sigma[end, index] * _mean_outer_product(tall, ends[end], svd, tie_tol)
-            for end in (0, 1)
-        )
+        gradient = torch.zeros_like(tall)
+        for end in (0, 1):
+            mean = _mean_outer_product(tall, ends[end], svd, tie_tol)
+            gradient = gradient + grad_sigma[end, index] * mean
         gradient = gradient if w.shape[0] >= w.shape[1] else gradient.mT
         gradient = torch.where(finite, gradient, torch.nan)
         if masks and masks[index].numel() > 0:
@@ -291,7 +291,7 @@ def _thirds(
 
 def extreme_singular_values(
     matrices: Sequence[Tensor],
-    patterns: Sequence[Pattern | None] | None = None,
+    patterns: Sequence[SparsityPattern | None] | None = None,
     state: Tensor | None = None,
     *,
     rank: Literal["full", "structural"] = "full",
