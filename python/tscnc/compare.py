@@ -41,7 +41,7 @@ def compare(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         write_text(top.config, config.to_yaml())
     for name, changes in VARIANTS.items():
         variant, folder = config.replace(**changes), RunFolder(top.path / name)
-        if not folder.results.is_file():
+        if not (folder.results.is_file() and folder.report.is_file()):
             progress.say(f"{name}: {variant.label}")
             train(variant, folder.path, resume=folder.config.is_file())
     collect_results(top.path)

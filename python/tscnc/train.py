@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc import data, evaluate, progress, pruning, report, spectrum
-from tscnc.attacks import ThreatModel, pgd
+from tscnc.attacks import ThreatModel
 from tscnc.checkpoint import save_checkpoint
 from tscnc.config import TrainConfig
 from tscnc.files import write_json
@@ -31,8 +31,6 @@ from tscnc.session import Phase, Session, phases
 from tscnc.tasks import TASKS, step_size, training_attack
 
 _SCORE_BATCHES = 10
-_EVALUATION_SEED = 20503
-_EVALUATION_BATCH = 1000
 
 
 class TrainingError(RuntimeError):
@@ -59,7 +57,7 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False) -> Path:
             last whole epoch.
     """
     require("safetensors.torch")
-    with _threads(config.threads):
+    with cpu_threads(config.threads):
         session = Session(config, load_dataset(config))
         folder = RunFolder.reopen(run_dir) if resume else RunFolder.create(run_dir, config)
         saved = folder.load_state()
@@ -105,6 +103,18 @@ def load_dataset(config: TrainConfig) -> data.Dataset:
         test_images=dataset.test_images[:test],
         test_labels=dataset.test_labels[:test],
     )
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Runs with `count` CPU threads; 0 leaves torch's choice."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def learning_rate(peak: float, step: int, total: int, warmup: float) -> float:
@@ -171,32 +181,24 @@ def _prune(session: Session, phase: Phase) -> dict[str, float]:
 def _accuracies(session: Session) -> dict[str, float]:
     """Measures the accuracy on the test images, and on `epoch_examples` of them under attack."""
     config, model, dataset = session.config, session.model, session.dataset
-    generator = torch.Generator().manual_seed(_EVALUATION_SEED)
-    threat = ThreatModel(config.threat, config.epsilon)
-    attacked = config.epoch_examples or len(dataset.test_labels)
-    sizes = {"clean": len(dataset.test_labels), "pgd": min(attacked, len(dataset.test_labels))}
-    correct = {"clean": 0, "pgd": 0}
+    images, labels = dataset.test_images, dataset.test_labels
+    attacked, steps = config.epoch_examples or None, config.attack_steps
     model.eval()
-    for kind, size in sizes.items():
-        for part in torch.arange(size).split(_EVALUATION_BATCH):
-            images, labels = dataset.test_images[part], dataset.test_labels[part]
-            if kind == "pgd":
-                images = pgd(
-                    model,
-                    images,
-                    labels,
-                    threat,
-                    steps=config.attack_steps,
-                    step_size=step_size(config, config.attack_steps),
-                    generator=generator,
-                )
-            with torch.no_grad():
-                correct[kind] += int((model(images).argmax(1) == labels).sum())
-    return {f"{kind}_accuracy": correct[kind] / max(1, sizes[kind]) for kind in correct}
+    return {
+        "clean_accuracy": evaluate.accuracy(model, images, labels),
+        "pgd_accuracy": evaluate.pgd_accuracy(
+            model,
+            images[:attacked],
+            labels[:attacked],
+            ThreatModel(config.threat, config.epsilon),
+            steps=steps,
+            step_size=step_size(config, steps),
+        ),
+    }
 
 
 def _conclude(session: Session, folder: RunFolder) -> None:
-    """Writes the checkpoint, the results, which mark a run as complete, and the report."""
+    """Writes the checkpoint, the results and the report, which comes last in a complete run."""
     config, dataset, model = session.config, session.dataset, session.model
     metadata = checkpoint_metadata(dataset, config)
     save_checkpoint(folder.checkpoint, model, session.masks, metadata)
@@ -219,15 +221,3 @@ def _refuse_not_finite(values: Mapping[str, Tensor], place: str) -> None:
 
 def _place(session: Session, phase: Phase) -> str:
     return f"{phase.name} {session.epoch + 1}/{phase.epochs}"
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Runs with `count` CPU threads; 0 leaves torch's choice."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -13,7 +13,7 @@ from tscnc.compare import VARIANTS, is_comparison
 from tscnc.config import TrainConfig
 from tscnc.files import write_json
 from tscnc.run_folder import RunFolder, RunFolderError
-from tscnc.train import load_dataset
+from tscnc.train import cpu_threads, load_dataset
 from tscnc_kernels.nn import sparsify
 
 
@@ -62,16 +62,16 @@ def runs_in(path: Path) -> list[Path]:
 
 def evaluate_again(run: Path) -> None:
     """Measures the checkpoint of a complete run once more and replaces the run's results."""
-    trained = load_trained(run)
-    folder = RunFolder(run)
+    trained, folder = load_trained(run), RunFolder(run)
     state = folder.read_state()
-    results = evaluate.evaluate_run(
-        trained.model,
-        trained.masks,
-        load_dataset(trained.config),
-        trained.config,
-        spectra_before=state["spectra_before"] if state else {},
-    )
+    with cpu_threads(trained.config.threads):
+        results = evaluate.evaluate_run(
+            trained.model,
+            trained.masks,
+            load_dataset(trained.config),
+            trained.config,
+            spectra_before=state["spectra_before"] if state else {},
+        )
     write_json(folder.results, results)
 
 
