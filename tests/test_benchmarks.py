@@ -1,4 +1,4 @@
-"""The harness refuses wrong results, keeps one row per measurement, and draws from the CSV alone."""
+"""The harness refuses wrong results, keeps one row per measurement, and draws from CSV alone."""
 
 from dataclasses import replace
 from pathlib import Path
