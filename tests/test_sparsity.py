@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.test_masked_linear import MASKS, make_mask
-from tscnc_kernels import SparsityPattern
+from tscnc_kernels import SparsityPattern, masked_linear
 from tscnc_kernels.sparsity import remap, unpack_reference
 
 # [[1, 0, 1], [0, 0, 0], [0, 1, 1]]
@@ -181,7 +181,49 @@ def test_native_ops_have_fakes_and_refuse_what_would_read_out_of_bounds():
     torch.library.opcheck(ops.sparsity_mapping.default, (*index, *index))
     with pytest.raises(RuntimeError, match="sparsity_unpack"):
         ops.sparsity_unpack(pattern.bits, 30, 3)
-    with pytest.raises(RuntimeError, match="do not agree"):
+    with pytest.raises(RuntimeError, match="rise from 0 to 2"):
         ops.sparsity_mapping(*index, pattern.row_pointers, pattern.columns[:2])
-    with pytest.raises(RuntimeError, match="columns"):
-        ops.masked_linear(torch.zeros(1, 3), torch.zeros(4), None, index[0], index[1][:2], 0, False)
+    with pytest.raises(RuntimeError, match="as many rows, got 3 and 1"):
+        ops.sparsity_mapping(*index, torch.tensor([0, 4], dtype=torch.int32), pattern.columns)
+
+
+FAR = 10**8
+
+
+@pytest.mark.parametrize("pointers", [[0, FAR, 4, 4], [-FAR, 2, 2, 4], [0, 2, -FAR, 4], [0, 0, 0]])
+def test_a_mapping_reads_no_row_pointers_that_lead_outside(pointers):
+    pattern = SparsityPattern.from_mask(SMALL)
+    good = pattern.row_pointers, pattern.columns
+    bad = torch.tensor(pointers, dtype=torch.int32), pattern.columns
+    for old, new in ((good, bad), (bad, good)):
+        with pytest.raises(RuntimeError, match="pointers that rise from 0 to 4"):
+            torch.ops.tscnc_kernels.sparsity_mapping(*old, *new)
+
+
+@pytest.mark.parametrize(
+    "name", ["row_pointers", "columns", "column_pointers", "column_rows", "permutation"]
+)
+@pytest.mark.parametrize("step", [FAR, -FAR, 1, -1])
+@pytest.mark.parametrize("values", [False, True])
+def test_an_index_that_was_written_to_is_refused(name, step, values):
+    pattern = SparsityPattern.from_mask(SMALL)
+    weight = torch.ones(4) if values else torch.ones(3, 3)
+    getattr(pattern, name).add_(step)
+    with pytest.raises(RuntimeError, match=f"{name} .*must not be written to"):
+        output = masked_linear(
+            torch.ones(2, 3, requires_grad=True),
+            weight.requires_grad_(),
+            pattern,
+            algorithm="panel",
+        )
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("code", [-1, 3])
+def test_the_native_op_refuses_an_unknown_activation_code(code):
+    pattern = SparsityPattern.from_mask(SMALL)
+    index = pattern.row_pointers, pattern.columns
+    with pytest.raises(RuntimeError, match=f"from 0 to 2, got {code}"):
+        torch.ops.tscnc_kernels.masked_linear(
+            torch.ones(1, 3), torch.ones(4), None, *index, code, False
+        )
