@@ -151,6 +151,7 @@ def test_pattern_is_immutable():
         (torch.ones(1, 1, 1, dtype=torch.bool), ValueError, r"got shape \(1, 1, 1\)"),
         (torch.ones(0, 3, dtype=torch.bool), ValueError, r"one entry, got shape \(0, 3\)"),
         (torch.ones(2, 2).bool().to_sparse(), ValueError, "got torch.sparse_coo"),
+        (torch.ones(2, 2, dtype=torch.bool, device="meta"), ValueError, "meta device"),
     ],
 )
 def test_bad_masks_are_named(mask, error, message):
@@ -168,6 +169,24 @@ def test_wrong_shapes_are_named():
         pattern.update(SMALL.reshape(9, 1))
     with pytest.raises(ValueError, match=r"2 bytes .* got shape \(3,\)"):
         SparsityPattern.from_bits(torch.zeros(3, dtype=torch.uint8), (3, 3))
+    with pytest.raises(ValueError, match=r"at least one entry, got shape \(3, -3\)"):
+        SparsityPattern.from_bits(torch.zeros(2, dtype=torch.uint8), (3, -3))
+    with pytest.raises(ValueError, match="device cpu, got meta"):
+        pattern.gather(torch.zeros(3, 3, device="meta"))
+    with pytest.raises(ValueError, match="device cpu, got meta"):
+        pattern.scatter(torch.zeros(4, device="meta"))
+
+
+def test_wrong_types_are_named():
+    pattern = SparsityPattern.from_mask(SMALL)
+    with pytest.raises(TypeError, match="weight to be a tensor, got NoneType"):
+        pattern.gather(None)
+    with pytest.raises(TypeError, match="values to be a tensor, got list"):
+        pattern.scatter([1.0])
+    with pytest.raises(TypeError, match="bits to be a tensor, got NoneType"):
+        SparsityPattern.from_bits(None, (3, 3))
+    with pytest.raises(TypeError, match=r"sequence of integers, got \(3.0, 3\)"):
+        SparsityPattern.from_bits(torch.zeros(2, dtype=torch.uint8), (3.0, 3))
     with pytest.raises(TypeError, match=r"torch.uint8, got torch.int64"):
         SparsityPattern.from_bits(torch.zeros(2, dtype=torch.int64), (3, 3))
 
