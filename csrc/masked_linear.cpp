@@ -270,14 +270,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
-      "masked_linear(Tensor input, Tensor weight, Tensor? bias, Tensor row_pointers, Tensor "
-      "columns, "
-      "int activation, bool save_preactivation) -> (Tensor output, Tensor preactivation)");
+      "masked_linear(Tensor input, Tensor weight, Tensor? bias, Tensor row_pointers, "
+      "Tensor columns, int activation, bool save_preactivation) -> "
+      "(Tensor output, Tensor preactivation)");
   m.def(
       "masked_linear_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, "
       "Tensor row_pointers, Tensor columns, Tensor column_pointers, Tensor column_rows, "
-      "Tensor permutation, int activation, bool needs_input, bool needs_weight, bool needs_bias) "
-      "-> "
+      "Tensor permutation, int activation, bool needs_input, bool needs_weight, "
+      "bool needs_bias) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 

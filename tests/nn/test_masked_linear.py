@@ -195,6 +195,15 @@ def test_set_mask_keeps_kept_weights_and_the_parameter(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_backward_through_a_mask_that_has_changed_is_refused(mode):
+    masked = layer(mode)
+    output = masked(torch.randn(2, 8, requires_grad=True))
+    masked.set_mask(masked.pattern.mask.flip(0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_from_linear_and_back(mode):
     linear = nn.Linear(8, 6).eval()
     linear.weight.requires_grad_(False)

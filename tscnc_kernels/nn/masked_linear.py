@@ -173,13 +173,16 @@ class MaskedLinear(nn.Module):
         gradient = self.weight.grad
         self.weight.grad = None
         self.weight.data = carry(self.weight.data)
+        # Assigning data does not: a backward of an earlier forward would mix two masks in silence.
+        if not self.weight.is_inference():
+            torch.autograd.graph.increment_version(self.weight)
         if gradient is not None:
             self.weight.grad = carry(gradient)
         self._pattern = pattern
         return carry
 
     def forward(self, input: Tensor) -> Tensor:
-        """X (W ∘ M)ᵀ + b for an input of shape (..., K)."""
+        """The product x (W ∘ M)ᵀ + b, (..., N), for an input x of shape (..., K)."""
         return masked_linear(input, self.weight, self._pattern, self.bias, assume_masked=True)
 
     def extra_repr(self) -> str:

@@ -130,9 +130,9 @@ def _activate(z: Tensor, activation: str) -> Tensor:
 
 
 def _activation_gradient(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """DY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
+    """The gradient dY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
     if activation == "relu":
-        return grad_output * (saved > 0)
+        return grad_output.masked_fill(saved <= 0, 0)
     if activation == "gelu":
         distribution = 0.5 * (1 + torch.erf(saved * 0.5**0.5))
         density = torch.exp(-0.5 * saved * saved) * (2 * torch.pi) ** -0.5
