@@ -156,8 +156,8 @@ def _case(shape: tuple[int, int, int], sparsity: float, mode: str) -> Case:
 CASES = [_case(shape, s, mode) for shape in SHAPES for mode in MODES for s in SPARSITIES]
 QUICK = [_case(SHAPES[0], s, mode) for mode in MODES for s in (0.9, 0.95, 0.99)]
 PROVIDERS = [
-    Provider("values", partial(_ours, True, "panel")),
-    Provider("dense weight", partial(_ours, False, "panel")),
+    Provider("ours, values", partial(_ours, True, "panel")),
+    Provider("ours, dense weight", partial(_ours, False, "panel")),
     Provider("F.linear", _dense),
     Provider("F.linear(W * mask)", _multiplied),
     Provider("torch.sparse.mm CSR", _csr),

@@ -13,12 +13,18 @@ from pathlib import Path
 
 import torch
 
+from tscnc_kernels import build_info
+
 
 def device_name(device: torch.device) -> str:
-    """Return the results folder of a device: `cpu-<model>` or the GPU's name, as a slug."""
+    """Return the results folder of a device: `cpu-<model>-<ISA>` or the GPU's name, as a slug.
+
+    A virtual machine may name only the family, so the instruction set that runs tells its models
+    apart.
+    """
     if device.type == "cuda":
         return _slug(torch.cuda.get_device_name(device))
-    return _slug("cpu-" + _cpu_model())
+    return _slug(f"cpu-{_cpu_model()}-{build_info()['active_isa']}")
 
 
 def versions() -> dict[str, str]:

@@ -1,14 +1,16 @@
 """Regenerate every figure from the CSV files alone: `python -m benchmarks.plot [folder]`.
 
-`results/<device>/<op>.csv` becomes `<op>.svg` beside it: one panel per (mode, dtype, threads). A
-panel shows time against density when the op was measured at several sparsities of one shape, and a
-bar per backend and shape otherwise; in both a shorter time is better and the axis says so.
+`results/<device>/<op>.csv` becomes figures beside it. A shape that was measured at several
+sparsities has a figure of its own, `<op>-<shape>.svg`: time against density, one panel per mode.
+The other rows share `<op>.svg`: bars per shape and backend. A shorter time is better, and the axis
+says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,49 +20,74 @@ from benchmarks.results import Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Draw = Callable[["Axes", list[Row], dict[str, str]], None]
 COLOURS = ("#1b6ca8", "#d1495b", "#8a8f98", "#e09f3e", "#3a7d44", "#7b4ea3", "#111827", "#00a6a6")
 
 
-def plot_file(path: Path) -> Path:
-    """Draw one results file to an SVG of the same name and return its path."""
+def plot_file(path: Path) -> list[Path]:
+    """Draw one results file and return the figures' paths.
+
+    Raises:
+        ValueError: the file has no rows, or is not a results file.
+    """
+    rows = results.load(path)
+    if not rows:
+        raise ValueError(f"{path}: no rows to plot")
+    swept = {
+        shape
+        for shape, group in _grouped(rows, lambda row: row.shape).items()
+        if len({row.sparsity for row in group}) > 1
+    }
+    figures = _grouped(rows, lambda row: f"-{row.shape}" if row.shape in swept else "")
+    return [
+        _figure(path.with_name(f"{path.stem}{suffix}.svg"), group, _lines if suffix else _bars)
+        for suffix, group in figures.items()
+    ]
+
+
+def _figure(target: Path, rows: list[Row], draw: Draw) -> Path:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "tscnc"
     from matplotlib import pyplot
 
-    rows = results.load(path)
-    if not rows:
-        raise ValueError(f"{path}: no rows to plot")
-    panels = _panels(rows)
+    panels = _grouped(
+        rows,
+        lambda row: f"{row.mode.replace('_', ' + ')}, {row.dtype}, {row.threads} thread(s)",
+    )
+    columns = min(2, len(panels)) if draw is _lines else 1
+    lines = -(-len(panels) // columns)
+    size = (5.4 * columns if columns > 1 else 8, 3.6 * lines + 0.4)
     figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(8, 3.2 * len(panels)), squeeze=False, layout="constrained"
+        lines, columns, figsize=size, squeeze=False, layout="constrained"
     )
     backends = sorted({row.backend for row in rows})
     colours = dict(zip(backends, itertools.cycle(COLOURS), strict=False))
-    for axis, (title, panel) in zip(axes[:, 0], panels.items(), strict=True):
-        draw = _lines if len({row.sparsity for row in panel}) > 1 else _bars
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        axis.set_yscale("log")
         draw(axis, panel, colours)
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_yscale("log")
         axis.set_ylabel("ms per call, lower is better")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{rows[0].op} on {rows[0].device}", x=0.01, ha="left")
-    target = path.with_suffix(".svg")
-    figure.savefig(target, metadata={"Date": None})
+    shape = f" {rows[0].shape}" if draw is _lines else ""
+    figure.suptitle(f"{rows[0].op}{shape} on {rows[0].device}", x=0.01, ha="left")
+    figure.savefig(target, metadata={"Date": None}, facecolor="white")
     pyplot.close(figure)
     return target
 
 
-def _panels(rows: list[Row]) -> dict[str, list[Row]]:
-    panels: dict[str, list[Row]] = {}
+def _grouped(rows: list[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        title = f"{row.mode.replace('_', ' ')}, {row.dtype}, {row.threads} thread(s)"
-        swept = len({other.sparsity for other in rows if other.shape == row.shape}) > 1
-        panels.setdefault(f"{title}, {row.shape}" if swept else title, []).append(row)
-    return panels
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def _lines(axis: Axes, rows: list[Row], colours: dict[str, str]) -> None:
@@ -96,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Redraw the figures from the results files.")
     parser.add_argument("folder", nargs="?", type=Path, default=results.FOLDER)
     for path in sorted(parser.parse_args().folder.rglob("*.csv")):
-        print(plot_file(path))
+        print(*plot_file(path), sep="\n")
 
 
 if __name__ == "__main__":

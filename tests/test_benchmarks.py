@@ -1,0 +1,120 @@
+"""The harness refuses wrong results, keeps one row per measurement, and draws from CSV alone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, plot, results
+from benchmarks.gate import disagreement
+from benchmarks.harness import Case, Provider, UnavailableError
+from benchmarks.results import Row
+
+CPU = torch.device("cpu")
+
+ROW = Row(
+    op="scale",
+    backend="ours",
+    mode="forward",
+    shape="8x8",
+    dtype="float32",
+    sparsity=0.9,
+    p50=2.0,
+    p20=1.5,
+    p80=2.5,
+    rate=4.0,
+    unit="GB/s",
+    peak_mib=0.0,
+    device="cpu-test",
+    threads=1,
+    torch="2",
+    triton="",
+    cuda="",
+    commit="abc",
+    date="2026-01-01",
+)
+
+
+def case() -> Case:
+    return Case(
+        op="scale",
+        mode="forward",
+        shape="8x8",
+        dtype=torch.float32,
+        inputs=lambda generator, device: (torch.randn(8, 8, generator=generator),),
+        expected=lambda x: 2 * x.double(),
+        work=512,
+        unit="GB/s",
+    )
+
+
+def test_gate_finds_one_wrong_element_in_many():
+    right = torch.randn(1000, 100)
+    wrong = right.clone()
+    wrong[500, 50] += 1e-2
+    assert disagreement(right, right.double(), 1e-5) is None
+    assert "error up to 0.01" in disagreement(wrong, right.double(), 1e-5)
+    assert "expected shape [2]" in disagreement(torch.zeros(3), torch.zeros(2), 1e-5)
+
+
+def test_gate_allows_what_a_long_sum_of_large_terms_loses():
+    terms = torch.randn(64, 4096) * 10
+    total, exact = terms.sum(1), terms.double().sum(1)
+    assert disagreement(total, exact, 1e-5) is None
+    assert disagreement(total * 1.001, exact, 1e-5) is not None
+
+
+def test_wrong_and_missing_providers_are_not_timed(capsys, monkeypatch):
+    monkeypatch.setattr(harness.machine, "control", lambda *_: lambda: 1.0)
+
+    def unavailable(case, x):
+        raise UnavailableError("its package is missing")
+
+    providers = [
+        Provider("right", lambda case, x: lambda: 2 * x),
+        Provider("wrong", lambda case, x: lambda: 2.01 * x),
+        Provider("absent", unavailable),
+    ]
+    rows = harness.run_case(case(), providers, CPU, threads=1, quick=True)
+    assert [row.backend for row in rows] == ["right"]
+    assert rows[0].p20 <= rows[0].p50 <= rows[0].p80
+    printed = capsys.readouterr().out
+    assert "not timed: WRONG" in printed and "not timed: its package is missing" in printed
+
+
+def test_rows_of_a_disturbed_machine_are_dropped(capsys, monkeypatch):
+    readings = iter(range(1, 100))
+    monkeypatch.setattr(harness.machine, "control", lambda *_: lambda: float(next(readings) ** 2))
+    providers = [Provider("right", lambda case, x: lambda: 2 * x)]
+    assert harness.run_case(case(), providers, CPU, threads=1, quick=True) == []
+    assert "dropped: the machine was disturbed" in capsys.readouterr().out
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(SystemExit, match="nobody"):
+        harness.main([case()], [], argv=["--backend", "nobody"])
+
+
+def test_results_keep_one_row_per_measurement(tmp_path: Path):
+    results.save([ROW, replace(ROW, backend="theirs")], tmp_path)
+    results.save([replace(ROW, p50=3.0)], tmp_path)
+    rows = results.load(tmp_path / "cpu-test" / "scale.csv")
+    assert {row.backend: row.p50 for row in rows} == {"ours": 3.0, "theirs": 2.0}
+
+
+def test_foreign_results_file_is_refused(tmp_path: Path):
+    path = tmp_path / "scale.csv"
+    path.write_text("op,speed\nscale,1\n")
+    with pytest.raises(ValueError, match=r"expected columns .* got \['op', 'speed'\]"):
+        results.load(path)
+
+
+def test_figures_come_from_the_csv_alone(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    swept = [replace(ROW, sparsity=s, p50=1 / s) for s in (0.5, 0.9, 0.99)]
+    results.save([*swept, replace(ROW, shape="other", sparsity=0.0)], tmp_path)
+    figures = plot.plot_file(tmp_path / "cpu-test" / "scale.csv")
+    assert {figure.name for figure in figures} == {"scale.svg", "scale-8x8.svg"}
+    first = [figure.read_bytes() for figure in figures]
+    assert [f.read_bytes() for f in plot.plot_file(tmp_path / "cpu-test" / "scale.csv")] == first
