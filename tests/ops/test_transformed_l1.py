@@ -145,3 +145,8 @@ def test_explicit_backend_never_falls_back(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: no GPU in this test"):
         tscnc_kernels.transformed_l1([torch.ones(3)], backend="triton")
+
+
+def test_vmap_over_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="at least one example, got 0"):
+        torch.func.vmap(lambda t: transformed_l1([t]))(torch.zeros(0, 3))
