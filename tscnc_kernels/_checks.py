@@ -65,6 +65,22 @@ def check_floating_list(name: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
+def check_kernels(name: str, tensors: Sequence[Tensor]) -> None:
+    """A list as for `check_floating_list`, of non-empty matrices or (out, in, …) kernels.
+
+    Raises:
+        TypeError: what `check_floating_list` raises.
+        ValueError: fewer than two dimensions, no elements, or what `check_floating_list` raises.
+    """
+    check_floating_list(name, tensors)
+    for index, tensor in enumerate(tensors):
+        if tensor.dim() < 2 or tensor.numel() == 0:
+            raise ValueError(
+                f"expected {name}[{index}] to be a non-empty matrix or (out, in, …) kernel, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+
+
 def check_patterns(patterns: Sequence[SparsityPattern | None], matrices: Sequence[Tensor]) -> None:
     """A list of one pattern or None per matrix, of the matrix's shape and on its device.
 

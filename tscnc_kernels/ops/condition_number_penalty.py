@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tscnc_kernels._checks import check_floating_list, check_number, check_patterns
+from tscnc_kernels._checks import check_kernels, check_number, check_patterns
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.logdet_gram import logdet_gram_float64
 from tscnc_kernels.sparsity import SparsityPattern
@@ -45,13 +45,7 @@ def _check(
     tau: float,
     repo_compat: bool,
 ) -> None:
-    check_floating_list("matrices", matrices)
-    for index, matrix in enumerate(matrices):
-        if matrix.dim() < 2 or matrix.numel() == 0:
-            raise ValueError(
-                f"expected matrices[{index}] to be a non-empty matrix or (out, in, …) kernel, "
-                f"got shape {tuple(matrix.shape)}"
-            )
+    check_kernels("matrices", matrices)
     if patterns is not None:
         check_patterns(patterns, matrices)
     if form not in get_args(Form):

@@ -80,7 +80,8 @@ def gated_transformed_l1(
         zeta: upper end, in [1.000001, 1e15].
 
     Returns:
-        0-d tensor, float32 (float64 if any tensor is). The published loss divides it by N.
+        0-d tensor, float32 (float64 if any tensor is). The published loss divides it by N. NaN
+        where the squares of a weight overflow.
 
     Raises:
         ValueError: lists of different or zero length, gates that do not fit a weight, constants out

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels import _backend
-from tscnc_kernels._checks import check_floating_list, check_number
+from tscnc_kernels._checks import check_kernels, check_number
 from tscnc_kernels._vmap import register_loop_vmap
 
 # Native first: benchmarks/results/*/logdet_gram.csv.
@@ -29,13 +29,7 @@ _backend.register("logdet_gram", BACKENDS)
 
 
 def _check(weights: Sequence[Tensor], ridge: float) -> None:
-    check_floating_list("weights", weights)
-    for index, weight in enumerate(weights):
-        if weight.dim() < 2 or weight.numel() == 0:
-            raise ValueError(
-                f"expected weights[{index}] to be a non-empty matrix or (out, in, …) kernel, "
-                f"got shape {tuple(weight.shape)}"
-            )
+    check_kernels("weights", weights)
     check_number("ridge", ridge, 0)
 
 
@@ -174,8 +168,8 @@ def logdet_gram(
         0-d tensor for a tensor, (L,) for a list of L; float64 if any weight is, else float32. Where
         G is singular (a Cholesky pivot does not exceed what rounding can leave of zero, max(rows,
         columns) · 2⁻⁵² of its diagonal entry) the value is -inf and the gradient NaN; with the
-        default ridge only a zero weight is. NaN or infinite weights, or squares that overflow
-        float64, give NaN.
+        default ridge only a weight of zeros is, or one whose squares vanish in float64. NaN or
+        infinite weights, or squares that overflow float64, give NaN.
 
     Raises:
         ValueError: empty list, a weight with fewer than two dimensions or without elements, several
