@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,7 @@ class NinjaBuild(build_ext):
         self.nvcc = find_nvcc()
         archs = cuda_architectures() if self.nvcc else []
         self.isas = [isa for isa in ISA_FLAGS if self.inplace or isa != WIDE]
-        cuda = " ".join(archs) or "none (no nvcc)"
+        cuda = " ".join(archs) or "none (nvcc not found, or TSCNC_WITH_CUDA=0)"
         print(f"tscnc_kernels: CPU {' '.join(self.isas)}; CUDA {cuda}")
         self.write_config(archs)
         with open(self.build_dir / "build.ninja", "w") as file:
@@ -160,7 +161,7 @@ class NinjaBuild(build_ext):
         def compile_file(rule: str, source: Path, label: str, flags: list[str]) -> None:
             name = f"{source.relative_to(ROOT / 'csrc').with_suffix('')}{label}.o".replace("/", "_")
             objects.extend(
-                ninja.build(name, rule, str(source), variables={"flags": " ".join(flags)})
+                ninja.build(name, rule, str(source), variables={"flags": shlex.join(flags)})
             )
 
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
@@ -178,20 +179,22 @@ class NinjaBuild(build_ext):
     def write_cuda_rule(self, ninja, archs: list[str]) -> None:
         codes = [f"-gencode=arch=compute_{arch.split('_')[1]},code={arch}" for arch in archs]
         flags = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --threads 0"
-        command = f"{self.nvcc} -MD -MF $out.d {flags} {' '.join(codes)} $flags -c $in -o $out"
+        nvcc = shlex.quote(self.nvcc)
+        command = f"{nvcc} -MD -MF $out.d {flags} {' '.join(codes)} $flags -c $in -o $out"
         ninja.rule("nvcc", command, depfile="$out.d", deps="gcc", description="NVCC $out")
 
     def write_link_rule(
         self, ninja, torch_paths: list[str], objects: list[str], compiler: str
     ) -> None:
-        torch_libraries = [f"-L{path}" for path in torch_paths] + ["-ltorch", "-ltorch_cpu"]
+        torch_libraries = shlex.join([f"-L{path}" for path in torch_paths]) + " -ltorch -ltorch_cpu"
         if self.nvcc:
             # nvcc knows where its static runtime is; -cudart static keeps libcudart out of the
             # requirements.
-            linker = f"{self.nvcc} -ccbin {compiler} -shared -cudart static -Xlinker --as-needed"
+            nvcc = shlex.quote(self.nvcc)
+            linker = f"{nvcc} -ccbin {compiler} -shared -cudart static -Xlinker --as-needed"
         else:
             linker = f"{compiler} -shared -Wl,--as-needed"
-        command = f"{linker} $in {' '.join(torch_libraries)} -o $out"
+        command = f"{linker} $in {torch_libraries} -o $out"
         ninja.rule("link", command, description="LINK $out")
         ninja.build("_C.so", "link", objects)
         ninja.default("_C.so")

@@ -251,9 +251,8 @@ Tensors extreme_singular_values_backward_cpu(Tensor grad_sigma, Tensors matrices
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
-      "extreme_singular_values(Tensor[] matrices, Tensor[] masks, Tensor[] structures, Tensor? "
-      "state, "
-      "bool structural, float tie_tol, bool power, bool certify) -> "
+      "extreme_singular_values(Tensor[] matrices, Tensor[] masks, Tensor[] structures, "
+      "Tensor? state, bool structural, float tie_tol, bool power, bool certify) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "extreme_singular_values_backward(Tensor grad_sigma, Tensor[] matrices, Tensor[] masks, "

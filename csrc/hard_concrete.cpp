@@ -16,8 +16,8 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr char kOp[] = "hard_concrete";
-constexpr int64_t kGrain =
-    1 << 14;  // elements below which a second thread costs more than it saves
+// Elements below which a second thread costs more than it saves.
+constexpr int64_t kGrain = 1 << 14;
 
 void check_like(const Tensor& tensor, const Tensor& log_alpha) {
   STD_TORCH_CHECK(

@@ -11,6 +11,7 @@
 
 #include "dtype_dispatch.h"
 #include "scratch.h"
+#include "sparse_index.h"
 
 namespace tscnc {
 namespace {
@@ -32,20 +33,19 @@ Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-void check_index(const Tensor& index, int64_t size, const char* name) {
-  STD_TORCH_CHECK(index.is_cpu() && index.is_contiguous() && index.numel() == size &&
-                      index.scalar_type() == ScalarType::Int,
-                  kOp, ": expected ", name, " to be ", size,
-                  " contiguous int32 entries on the CPU");
+SparseRows sparse_rows(const Tensor& pointers, const Tensor& columns, int64_t width,
+                       const char* pointers_name, const char* columns_name) {
+  const int64_t kept = columns.numel();
+  const int32_t* begin = pointer_data(kOp, pointers, kept, pointers_name);
+  STD_TORCH_CHECK(pointers.numel() >= 2, kOp, ": expected ", pointers_name, " of at least one row");
+  return {begin, bounded_index(kOp, columns, kept, width, columns_name), pointers.numel() - 1,
+          width};
 }
 
-SparseRows sparse_rows(const Tensor& pointers, const Tensor& columns, int64_t width) {
-  const int64_t rows = pointers.numel() - 1;
-  STD_TORCH_CHECK(rows >= 1, kOp, ": expected at least one row pointer pair");
-  check_index(pointers, rows + 1, "row pointers");
-  const int64_t kept = data<int32_t>(pointers)[rows];
-  check_index(columns, kept, "columns");
-  return {data<int32_t>(pointers), data<int32_t>(columns), rows, width};
+Activation activation_of(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Activation::gelu), kOp,
+                  ": expected an activation code from 0 to 2, got ", code);
+  return static_cast<Activation>(code);
 }
 
 void check_matrix(const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype,
@@ -154,7 +154,11 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
                                              std::optional<Tensor> bias, Tensor row_pointers,
                                              Tensor columns, int64_t activation,
                                              bool save_preactivation) {
-  const SparseRows structure = sparse_rows(row_pointers, columns, input.size(input.dim() - 1));
+  STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
+                  " dimensions");
+  const SparseRows structure =
+      sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns");
+  const Activation act = activation_of(activation);
   const ScalarType dtype = input.scalar_type();
   check_matrix(input, input.size(0), structure.width, dtype, "input");
   STD_TORCH_CHECK(weight.scalar_type() == dtype, kOp, ": weight and input differ in dtype");
@@ -171,7 +175,7 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
     const Tensor values = kept_values<T>(weight, structure);
     run_product<T>(
         {structure, data<Working<T>>(values), samples<T>(input),
-         bias.has_value() ? data<T>(*bias) : nullptr, static_cast<Activation>(activation),
+         bias.has_value() ? data<T>(*bias) : nullptr, act,
          static_cast<T*>(output.mutable_data_ptr()),
          save_preactivation ? static_cast<T*>(preactivation.mutable_data_ptr()) : nullptr, 1});
   });
@@ -226,17 +230,22 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
     Tensor grad_output, Tensor saved, Tensor input, Tensor weight, Tensor row_pointers,
     Tensor columns, Tensor column_pointers, Tensor column_rows, Tensor permutation,
     int64_t activation, bool needs_input, bool needs_weight, bool needs_bias) {
-  const SparseRows rows = sparse_rows(row_pointers, columns, input.size(input.dim() - 1));
-  const SparseRows transposed = sparse_rows(column_pointers, column_rows, rows.rows);
+  STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
+                  " dimensions");
+  const SparseRows rows =
+      sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns");
+  const SparseRows transposed =
+      sparse_rows(column_pointers, column_rows, rows.rows, "column_pointers", "column_rows");
   const int64_t count = input.size(0), kept = columns.numel();
-  check_index(permutation, kept, "permutation");
+  const int32_t* order = bounded_index(kOp, permutation, kept, kept, "permutation");
+  const Activation act = activation_of(activation);
   STD_TORCH_CHECK(column_rows.numel() == kept && transposed.rows == rows.width, kOp,
                   ": the two orders of the pattern do not agree");
   const ScalarType dtype = input.scalar_type();
   check_matrix(input, count, rows.width, dtype, "input");
   check_matrix(grad_output, count, rows.rows, dtype, "grad_output");
   STD_TORCH_CHECK(weight.scalar_type() == dtype, kOp, ": weight and input differ in dtype");
-  const bool scaled = static_cast<Activation>(activation) != Activation::none;
+  const bool scaled = act != Activation::none;
   if (scaled) {
     check_matrix(saved, count, rows.rows, dtype, "saved");
     STD_TORCH_CHECK(saved.is_contiguous(), kOp, ": expected saved to be contiguous");
@@ -245,11 +254,9 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
   Tensor grad_weight = grad_input, grad_bias = grad_input;
   dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Samples<T> gradient = samples<T>(grad_output, scaled ? data<T>(saved) : nullptr,
-                                           static_cast<Activation>(activation));
+    const Samples<T> gradient = samples<T>(grad_output, scaled ? data<T>(saved) : nullptr, act);
     if (needs_input) {
-      grad_input = input_gradient<T>({rows, transposed, data<int32_t>(permutation)}, weight,
-                                     gradient, input);
+      grad_input = input_gradient<T>({rows, transposed, order}, weight, gradient, input);
     }
     if (!needs_weight && !needs_bias) return;
     std::tie(grad_weight, grad_bias) =
@@ -263,14 +270,14 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
-      "masked_linear(Tensor input, Tensor weight, Tensor? bias, Tensor row_pointers, Tensor "
-      "columns, "
-      "int activation, bool save_preactivation) -> (Tensor output, Tensor preactivation)");
+      "masked_linear(Tensor input, Tensor weight, Tensor? bias, Tensor row_pointers, "
+      "Tensor columns, int activation, bool save_preactivation) -> "
+      "(Tensor output, Tensor preactivation)");
   m.def(
       "masked_linear_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, "
       "Tensor row_pointers, Tensor columns, Tensor column_pointers, Tensor column_rows, "
-      "Tensor permutation, int activation, bool needs_input, bool needs_weight, bool needs_bias) "
-      "-> "
+      "Tensor permutation, int activation, bool needs_input, bool needs_weight, "
+      "bool needs_bias) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 

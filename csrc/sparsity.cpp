@@ -15,6 +15,8 @@
 #include <limits>
 #include <tuple>
 
+#include "sparse_index.h"
+
 namespace tscnc {
 namespace {
 
@@ -137,23 +139,18 @@ Tensor sparsity_unpack(const Tensor& bits, int64_t rows, int64_t width) {
 // For every kept entry of the new pattern its index among the old pattern's entries, or -1.
 Tensor sparsity_mapping(const Tensor& old_pointers, const Tensor& old_columns,
                         const Tensor& new_pointers, const Tensor& new_columns) {
-  for (const Tensor* index : {&old_pointers, &old_columns, &new_pointers, &new_columns}) {
-    STD_TORCH_CHECK(
-        index->is_cpu() && index->is_contiguous() && index->scalar_type() == ScalarType::Int,
-        "sparsity_mapping: expected contiguous int32 CPU tensors");
-  }
-  STD_TORCH_CHECK(old_pointers.numel() == new_pointers.numel() && old_pointers.numel() > 0,
-                  "sparsity_mapping: the patterns have different numbers of rows");
-  Tensor mapping = torch::stable::new_empty(new_columns, {new_columns.numel()}, ScalarType::Long);
-  const auto* old_pointer = static_cast<const int32_t*>(old_pointers.const_data_ptr());
-  const auto* old_column = static_cast<const int32_t*>(old_columns.const_data_ptr());
-  const auto* new_pointer = static_cast<const int32_t*>(new_pointers.const_data_ptr());
-  const auto* new_column = static_cast<const int32_t*>(new_columns.const_data_ptr());
-  auto* result = static_cast<int64_t*>(mapping.mutable_data_ptr());
+  constexpr char kOp[] = "sparsity_mapping";
+  const int64_t kept = old_columns.numel(), wanted = new_columns.numel();
+  const int32_t* old_pointer = pointer_data(kOp, old_pointers, kept, "old_pointers");
+  const int32_t* old_column = index_data(kOp, old_columns, kept, "old_columns");
+  const int32_t* new_pointer = pointer_data(kOp, new_pointers, wanted, "new_pointers");
+  const int32_t* new_column = index_data(kOp, new_columns, wanted, "new_columns");
   const int64_t rows = old_pointers.numel() - 1;
-  STD_TORCH_CHECK(
-      old_pointer[rows] <= old_columns.numel() && new_pointer[rows] <= new_columns.numel(),
-      "sparsity_mapping: row pointers and columns do not agree");
+  STD_TORCH_CHECK(new_pointers.numel() - 1 == rows, kOp,
+                  ": expected patterns of as many rows, got ", rows, " and ",
+                  new_pointers.numel() - 1);
+  Tensor mapping = torch::stable::new_empty(new_columns, {wanted}, ScalarType::Long);
+  auto* result = static_cast<int64_t*>(mapping.mutable_data_ptr());
   for (int64_t row = 0; row < rows; ++row) {
     int32_t i = old_pointer[row];
     for (int32_t j = new_pointer[row]; j < new_pointer[row + 1]; ++j) {

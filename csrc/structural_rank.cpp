@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "bipartite_matching.h"
@@ -20,6 +23,8 @@ Tensor structural_rank_cpu(Tensor mask) {
   STD_TORCH_CHECK(mask.dim() == 2 && mask.scalar_type() == ScalarType::Bool && mask.is_contiguous(),
                   "structural_rank: expected a contiguous boolean matrix");
   const int64_t rows = mask.size(0), cols = mask.size(1);
+  STD_TORCH_CHECK(std::max(rows, cols) <= std::numeric_limits<int32_t>::max(),
+                  "structural_rank: more than 2^31 - 1 rows or columns");
   const bool* kept = static_cast<const bool*>(mask.const_data_ptr());
   Tensor result = torch::stable::empty({1 + rows + cols}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(result.mutable_data_ptr());

@@ -117,9 +117,7 @@ class OpSuite:
             )
 
         args, kwargs = self.spec.samples[name](make)
-        prepare = lambda t: t.detach().clone().requires_grad_(grad)  # noqa: E731
-        args = _map_inputs(prepare, args)
-        return args, kwargs
+        return _map_inputs(lambda t: t.detach().clone().requires_grad_(grad), args), kwargs
 
     def smooth_samples(self) -> list[str]:
         return [name for name in self.spec.samples if not name.startswith("empty")]
@@ -177,7 +175,7 @@ class OpSuite:
             result = self.spec.public(
                 *pytree.tree_unflatten(filled, spec), **kwargs, backend=backend
             )
-            outputs = tuple(o for o in _outputs(result) if o.dtype.is_floating_point)
+            outputs = tuple(_outputs(result))
             return outputs[0] if len(outputs) == 1 else outputs
 
         return function, [leaves[place] for place in places]

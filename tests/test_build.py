@@ -122,3 +122,37 @@ def test_setup_rejects_bad_settings(tmp_path):
             env={**os.environ, name: value},
         )
         assert result.returncode == 1 and f"got '{value}'" in result.stderr
+
+
+FAKE_COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -I*) [ -d "${1#-I}" ] || { echo "no folder ${1#-I}" >&2; exit 1; } ;;
+    *.cpp) [ -f "$1" ] || { echo "no file $1" >&2; exit 1; } ;;
+    -o) shift; : > "$1" ;;
+  esac
+  shift
+done
+"""
+
+
+def test_a_checkout_whose_path_holds_a_space_builds(tmp_path):
+    if not (SOURCES.parent / "setup.py").exists():
+        pytest.skip("not a source checkout")
+    root = tmp_path / "my projects"
+    shutil.copytree(SOURCES, root / "csrc")
+    (root / "tscnc_kernels").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(SOURCES.parent / name, root)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(FAKE_COMPILER)
+    compiler.chmod(0o755)
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "CXX": str(compiler), "TSCNC_WITH_CUDA": "0"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(list((root / "tscnc_kernels").glob("_C.*"))) == 1

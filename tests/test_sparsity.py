@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.test_masked_linear import MASKS, make_mask
-from tscnc_kernels import SparsityPattern
+from tscnc_kernels import SparsityPattern, masked_linear
 from tscnc_kernels.sparsity import remap, unpack_reference
 
 # [[1, 0, 1], [0, 0, 0], [0, 1, 1]]
@@ -151,6 +151,7 @@ def test_pattern_is_immutable():
         (torch.ones(1, 1, 1, dtype=torch.bool), ValueError, r"got shape \(1, 1, 1\)"),
         (torch.ones(0, 3, dtype=torch.bool), ValueError, r"one entry, got shape \(0, 3\)"),
         (torch.ones(2, 2).bool().to_sparse(), ValueError, "got torch.sparse_coo"),
+        (torch.ones(2, 2, dtype=torch.bool, device="meta"), ValueError, "meta device"),
     ],
 )
 def test_bad_masks_are_named(mask, error, message):
@@ -168,6 +169,24 @@ def test_wrong_shapes_are_named():
         pattern.update(SMALL.reshape(9, 1))
     with pytest.raises(ValueError, match=r"2 bytes .* got shape \(3,\)"):
         SparsityPattern.from_bits(torch.zeros(3, dtype=torch.uint8), (3, 3))
+    with pytest.raises(ValueError, match=r"at least one entry, got shape \(3, -3\)"):
+        SparsityPattern.from_bits(torch.zeros(2, dtype=torch.uint8), (3, -3))
+    with pytest.raises(ValueError, match="device cpu, got meta"):
+        pattern.gather(torch.zeros(3, 3, device="meta"))
+    with pytest.raises(ValueError, match="device cpu, got meta"):
+        pattern.scatter(torch.zeros(4, device="meta"))
+
+
+def test_wrong_types_are_named():
+    pattern = SparsityPattern.from_mask(SMALL)
+    with pytest.raises(TypeError, match="weight to be a tensor, got NoneType"):
+        pattern.gather(None)
+    with pytest.raises(TypeError, match="values to be a tensor, got list"):
+        pattern.scatter([1.0])
+    with pytest.raises(TypeError, match="bits to be a tensor, got NoneType"):
+        SparsityPattern.from_bits(None, (3, 3))
+    with pytest.raises(TypeError, match=r"sequence of integers, got \(3.0, 3\)"):
+        SparsityPattern.from_bits(torch.zeros(2, dtype=torch.uint8), (3.0, 3))
     with pytest.raises(TypeError, match=r"torch.uint8, got torch.int64"):
         SparsityPattern.from_bits(torch.zeros(2, dtype=torch.int64), (3, 3))
 
@@ -181,7 +200,49 @@ def test_native_ops_have_fakes_and_refuse_what_would_read_out_of_bounds():
     torch.library.opcheck(ops.sparsity_mapping.default, (*index, *index))
     with pytest.raises(RuntimeError, match="sparsity_unpack"):
         ops.sparsity_unpack(pattern.bits, 30, 3)
-    with pytest.raises(RuntimeError, match="do not agree"):
+    with pytest.raises(RuntimeError, match="rise from 0 to 2"):
         ops.sparsity_mapping(*index, pattern.row_pointers, pattern.columns[:2])
-    with pytest.raises(RuntimeError, match="columns"):
-        ops.masked_linear(torch.zeros(1, 3), torch.zeros(4), None, index[0], index[1][:2], 0, False)
+    with pytest.raises(RuntimeError, match="as many rows, got 3 and 1"):
+        ops.sparsity_mapping(*index, torch.tensor([0, 4], dtype=torch.int32), pattern.columns)
+
+
+FAR = 10**8
+
+
+@pytest.mark.parametrize("pointers", [[0, FAR, 4, 4], [-FAR, 2, 2, 4], [0, 2, -FAR, 4], [0, 0, 0]])
+def test_a_mapping_reads_no_row_pointers_that_lead_outside(pointers):
+    pattern = SparsityPattern.from_mask(SMALL)
+    good = pattern.row_pointers, pattern.columns
+    bad = torch.tensor(pointers, dtype=torch.int32), pattern.columns
+    for old, new in ((good, bad), (bad, good)):
+        with pytest.raises(RuntimeError, match="pointers that rise from 0 to 4"):
+            torch.ops.tscnc_kernels.sparsity_mapping(*old, *new)
+
+
+@pytest.mark.parametrize(
+    "name", ["row_pointers", "columns", "column_pointers", "column_rows", "permutation"]
+)
+@pytest.mark.parametrize("step", [FAR, -FAR, 1, -1])
+@pytest.mark.parametrize("values", [False, True])
+def test_an_index_that_was_written_to_is_refused(name, step, values):
+    pattern = SparsityPattern.from_mask(SMALL)
+    weight = torch.ones(4) if values else torch.ones(3, 3)
+    getattr(pattern, name).add_(step)
+    with pytest.raises(RuntimeError, match=f"{name} .*must not be written to"):
+        output = masked_linear(
+            torch.ones(2, 3, requires_grad=True),
+            weight.requires_grad_(),
+            pattern,
+            algorithm="panel",
+        )
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("code", [-1, 3])
+def test_the_native_op_refuses_an_unknown_activation_code(code):
+    pattern = SparsityPattern.from_mask(SMALL)
+    index = pattern.row_pointers, pattern.columns
+    with pytest.raises(RuntimeError, match=f"from 0 to 2, got {code}"):
+        torch.ops.tscnc_kernels.masked_linear(
+            torch.ones(1, 3), torch.ones(4), None, *index, code, False
+        )

@@ -1,6 +1,7 @@
 """Loads the compiled library, or says which command builds it."""
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ def _source_digest() -> str:
 
 def _advice() -> str:
     if SOURCES.is_dir():
-        return (
-            f"Run: cd {PACKAGE.parent} && python setup.py build_ext --inplace   (or: make install)"
-        )
+        folder = shlex.quote(str(PACKAGE.parent))
+        return f"Run: cd {folder} && python setup.py build_ext --inplace   (or: make install)"
     return "Run: pip install --force-reinstall --no-deps tscnc-kernels"
 
 

@@ -47,29 +47,6 @@ class ExtremeSingularValues(NamedTuple):
     bounds: Bounds | None
 
 
-def check_matrix(index: int, matrix: Tensor, first: Tensor) -> None:
-    """One matrix of the list: its dtype, layout, shape, and the first one's device."""
-    if not isinstance(matrix, Tensor):
-        raise TypeError(f"expected matrices[{index}] to be a tensor, got {type(matrix).__name__}")
-    if matrix.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"expected matrices[{index}] of dtype float32, float64, bfloat16 or float16, "
-            f"got {matrix.dtype}"
-        )
-    if matrix.layout != torch.strided:
-        raise ValueError(f"expected strided matrices, got {matrix.layout} at matrices[{index}]")
-    if matrix.dim() != 2 or matrix.shape[0] == 0 or matrix.shape[1] == 0:
-        raise ValueError(
-            f"expected matrices[{index}] to have 2 dimensions and no empty one, "
-            f"got shape {tuple(matrix.shape)}"
-        )
-    if matrix.device != first.device:
-        raise ValueError(
-            f"expected matrices on one device, got {first.device} and {matrix.device} "
-            f"at matrices[{index}]"
-        )
-
-
 def check_state(state: Tensor, matrices: Sequence[Tensor]) -> None:
     """A warm start belongs to matrices of these shapes."""
     shape = (4, sum(min(matrix.shape) for matrix in matrices))
@@ -87,20 +64,10 @@ def check_state(state: Tensor, matrices: Sequence[Tensor]) -> None:
 _structures: WeakKeyDictionary[SparsityPattern, Tensor] = WeakKeyDictionary()
 
 
-def mask_of(index: int, pattern: SparsityPattern | None, matrix: Tensor) -> Tensor:
+def mask_of(pattern: SparsityPattern | None, matrix: Tensor) -> Tensor:
     """The pattern's mask as a matrix; an empty tensor stands for no pattern."""
     if pattern is None:
         return matrix.new_empty(0, dtype=torch.bool)
-    if not isinstance(pattern, SparsityPattern):
-        raise TypeError(
-            f"expected patterns[{index}] to be a SparsityPattern, got {type(pattern).__name__}"
-        )
-    if pattern.matrix_shape != tuple(matrix.shape):
-        raise ValueError(
-            f"expected patterns[{index}] of shape {tuple(matrix.shape)}, got {pattern.shape}"
-        )
-    if pattern.device != matrix.device:
-        raise ValueError(f"expected patterns[{index}] on {matrix.device}, got {pattern.device}")
     return pattern.mask.reshape(matrix.shape)
 
 
@@ -116,7 +83,8 @@ def structure_of(pattern: SparsityPattern | None, mask: Tensor) -> Tensor:
     found = _structures.get(pattern)
     if found is None:
         found = _structures[pattern] = _find_structure(mask)
-    return found
+    # Patterns of equal masks are equal, on whatever devices they are.
+    return found.to(mask.device)
 
 
 def _find_structure(mask: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ def register_loop_vmap(name: str, op: Callable[..., Any]) -> None:
             ]
             return op(*pytree.tree_unflatten(picked, spec))
 
+        if info.batch_size == 0:
+            raise ValueError(f"expected {name} over a batch of at least one example, got 0")
         results = [example(index) for index in range(info.batch_size)]
         stacked = pytree.tree_map(lambda *parts: torch.stack(parts), *results)
         return stacked, pytree.tree_map(lambda _: 0, stacked)

@@ -28,6 +28,8 @@ def _check_mask(mask: Tensor) -> None:
         raise TypeError(f"expected mask of dtype torch.bool, got {mask.dtype}")
     if mask.layout != torch.strided:
         raise ValueError(f"expected a strided mask, got {mask.layout}")
+    if mask.is_meta:
+        raise ValueError("expected a mask with data, got one on the meta device")
     _check_shape(mask.shape)
 
 
@@ -36,7 +38,7 @@ def _check_shape(shape: Sequence[int]) -> None:
         raise ValueError(
             f"expected a mask of 2 dimensions (linear) or 4 (convolution), got shape {tuple(shape)}"
         )
-    if math.prod(shape) == 0:
+    if any(size < 1 for size in shape):
         raise ValueError(f"expected a mask with at least one entry, got shape {tuple(shape)}")
 
 
@@ -101,9 +103,13 @@ class SparsityPattern:
             The pattern, on the device of `bits`.
 
         Raises:
-            TypeError: bits are not uint8.
+            TypeError: bits are not a uint8 tensor, or shape is not a sequence of integers.
             ValueError: the number of bytes does not fit the shape.
         """
+        if not isinstance(bits, Tensor):
+            raise TypeError(f"expected mask bits to be a tensor, got {type(bits).__name__}")
+        if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+            raise TypeError(f"expected shape to be a sequence of integers, got {shape!r}")
         _check_shape(shape)
         if bits.dtype != torch.uint8:
             raise TypeError(f"expected mask bits of dtype torch.uint8, got {bits.dtype}")
@@ -155,10 +161,10 @@ class SparsityPattern:
             (nnz,) values in row-major order.
 
         Raises:
-            ValueError: another shape.
+            TypeError: not a tensor.
+            ValueError: another shape or device.
         """
-        if tuple(weight.shape) != self.shape:
-            raise ValueError(f"expected weight of shape {self.shape}, got {tuple(weight.shape)}")
+        self._check_fits("weight", weight, self.shape)
         return weight.reshape(-1).gather(0, self._positions())
 
     def scatter(self, values: Tensor) -> Tensor:
@@ -172,10 +178,10 @@ class SparsityPattern:
             Tensor of `shape`.
 
         Raises:
-            ValueError: another shape.
+            TypeError: not a tensor.
+            ValueError: another shape or device.
         """
-        if tuple(values.shape) != (self.nnz,):
-            raise ValueError(f"expected values of shape ({self.nnz},), got {tuple(values.shape)}")
+        self._check_fits("values", values, (self.nnz,))
         flat = values.new_zeros(math.prod(self.shape))
         return flat.scatter(0, self._positions(), values).reshape(self.shape)
 
@@ -219,6 +225,16 @@ class SparsityPattern:
             self.column_rows,
             self.permutation,
         )
+
+    def _check_fits(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"expected {name} of shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != self.device:
+            raise ValueError(
+                f"expected {name} on the pattern's device {self.device}, got {tensor.device}"
+            )
 
     def _positions(self) -> Tensor:
         """(nnz,) int64, the kept entries' places in the flattened weight."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from tests.op_suite import check_close
 from tscnc_kernels import SparsityPattern
@@ -150,6 +151,7 @@ def test_corrupt_states_are_refused():
     for bits, message in (
         (torch.zeros(5, dtype=torch.uint8), "6 bytes"),
         (torch.zeros(6), "torch.uint8, got torch.float32"),
+        (state["mask_bits"].numpy(), "a tensor, got ndarray"),
     ):
         with pytest.raises(RuntimeError, match=f"mask_bits: expected .*{message}"):
             masked.load_state_dict({**state, "mask_bits": bits})
@@ -157,6 +159,23 @@ def test_corrupt_states_are_refused():
         masked.load_state_dict({**state, "weight": torch.zeros(3)})
     with pytest.raises(RuntimeError, match="Unexpected key"):
         masked.load_state_dict({**state, "other": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_with_a_mask_alone_prunes_the_present_weight(mode):
+    masked, other = layer(mode), pattern(seed=5)
+    wanted = masked.dense_weight.detach() * other.mask
+    masked.load_state_dict({"mask_bits": other.bits}, strict=False)
+    assert masked.pattern == other
+    assert torch.equal(masked.dense_weight, wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_without_data_takes_a_mask(mode):
+    masked, other = layer(mode, device="meta"), pattern(seed=5)
+    masked.load_state_dict({"mask_bits": other.bits}, strict=False)
+    assert masked.pattern == other and masked.weight.is_meta
+    assert masked.weight.shape == ((6, 8) if mode == "dense" else (other.nnz,))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -173,6 +192,15 @@ def test_set_mask_keeps_kept_weights_and_the_parameter(mode):
     train(masked, torch.optim.SGD(masked.parameters(), 0.1))
     if mode == "dense":
         assert (masked.weight[~new] == 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_through_a_mask_that_has_changed_is_refused(mode):
+    masked = layer(mode)
+    output = masked(torch.randn(2, 8, requires_grad=True))
+    masked.set_mask(masked.pattern.mask.flip(0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -248,6 +276,19 @@ def test_repr_shows_sparsity_and_nnz():
         "MaskedLinear(in_features=4, out_features=4, bias=True, mode='values', "
         "sparsity=75.00%, nnz=4)"
     )
+
+
+@pytest.mark.parametrize(
+    ("linear", "error", "message"),
+    [
+        (nn.Conv2d(8, 6, 1), TypeError, "nn.Linear, got Conv2d"),
+        (nn.Linear(8, 6, device="meta"), ValueError, "meta device"),
+        (weight_norm(nn.Linear(8, 6)), ValueError, "got a computed weight"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_named(linear, error, message):
+    with pytest.raises(error, match=message):
+        MaskedLinear.from_linear(linear, pattern())
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,24 @@ def test_bad_masks_leave_the_model_unchanged(masks, error, message):
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.Linear(4, 4, device="meta")])
+def test_a_mask_for_a_weight_without_data_is_refused(layer):
+    with pytest.raises(ValueError, match="'0': expected a weight with data"):
+        sparsify(nn.Sequential(layer), {"0": torch.eye(4).bool()})
+
+
+def test_arguments_of_other_types_are_named():
+    for call in (sparsify, densify, tscnc_kernels.explain, lambda model: update_masks(model, {})):
+        with pytest.raises(TypeError, match=r"nn\.Module, got NoneType"):
+            call(None)
+    with pytest.raises(TypeError, match="mapping, got list"):
+        sparsify(mlp(), [torch.eye(4).bool()])
+    with pytest.raises(TypeError, match="strings, got 0"):
+        sparsify(mlp(), {0: torch.ones(12, 8).bool()})
+    with pytest.raises(TypeError, match="Optimizer or None, got str"):
+        update_masks(mlp(), {}, "sgd")
+
+
 def test_roots_and_modes_are_checked():
     kept = SparsityPattern.from_mask(torch.eye(4).bool())
     with pytest.raises(ValueError, match="got a Linear itself"):

@@ -245,6 +245,13 @@ def test_gradient_descent_lowers_the_condition_number():
         assert sigma[0] / sigma[-1] < 15
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_log_kappa_of_float64_matrices_does_not_depend_on_their_size(scale):
+    matrix = torch.tensor([[2.0, 0.0], [0.0, 0.5]], dtype=torch.float64)
+    value = condition_number_penalty([matrix * scale], form="log_kappa")
+    assert value.item() == pytest.approx(math.log(4.0), rel=1e-9)
+
+
 PATTERN = SparsityPattern.from_mask(torch.ones(2, 3, dtype=torch.bool))
 
 
@@ -260,8 +267,11 @@ PATTERN = SparsityPattern.from_mask(torch.ones(2, 3, dtype=torch.bool))
         ([torch.eye(2), torch.eye(2, device="meta")], {}, ValueError, "cpu and meta"),
         ([torch.eye(2)], {"form": "kappa"}, ValueError, "got 'kappa'"),
         ([torch.eye(2)], {"form": "nenov", "repo_compat": True}, ValueError, "got form 'nenov'"),
-        ([torch.eye(2)], {"ridge": -1.0}, ValueError, "ridge >= 0, got -1.0"),
-        ([torch.eye(2)], {"tau": math.nan}, ValueError, "tau >= 0, got nan"),
+        ([torch.eye(2)], {"ridge": -1.0}, ValueError, "ridge <= 1e.15, got -1.0"),
+        ([torch.eye(2)], {"tau": math.nan}, ValueError, "tau <= 1e.15, got nan"),
+        ([torch.eye(2)], {"tau": "1"}, TypeError, "tau to be a number, got str"),
+        ([torch.eye(2).to_sparse()], {}, ValueError, "torch.sparse_coo"),
+        ([torch.eye(2)], {"patterns": PATTERN}, TypeError, "got SparsityPattern"),
         ([torch.eye(2)], {"patterns": []}, ValueError, "got 0 patterns for 1 matrices"),
         ([torch.eye(2)], {"patterns": [torch.eye(2)]}, TypeError, "got Tensor"),
         ([torch.eye(2)], {"patterns": [PATTERN]}, ValueError, r"shape \(2, 2\), got \(2, 3\)"),

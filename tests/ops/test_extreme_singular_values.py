@@ -272,7 +272,10 @@ def test_mixed_list_is_float64_and_patterns_may_be_missing():
         (ValueError, "got 'best'", ([GOLDEN],), {"rank": "best"}),
         (ValueError, "got 'qr'", ([GOLDEN],), {"method": "qr"}),
         (ValueError, "got -1", ([GOLDEN],), {"tie_tol": -1}),
-        (ValueError, "got 0 for 1", ([GOLDEN], []), {}),
+        (ValueError, "tie_tol <= 0.999999, got 1.0", ([GOLDEN],), {"tie_tol": 1.0}),
+        (TypeError, "tie_tol to be a number, got NoneType", ([GOLDEN],), {"tie_tol": None}),
+        (TypeError, "patterns to be a list .* got int", ([GOLDEN], 5), {}),
+        (ValueError, "got 0 patterns for 1", ([GOLDEN], []), {}),
         (
             ValueError,
             r"got \(2, 3\)",

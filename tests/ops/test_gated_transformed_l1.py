@@ -86,9 +86,9 @@ def test_autocast_and_compile_change_nothing():
 @pytest.mark.parametrize(
     ("weights", "log_alphas", "constants", "error", "message"),
     [
-        ([], [], {}, ValueError, "got 0 and 0"),
-        ([torch.ones(2, 2)], [], {}, ValueError, "got 1 and 0"),
-        (torch.ones(2, 2), [torch.ones(2)], {}, TypeError, "weights to be a list, got Tensor"),
+        ([], [], {}, ValueError, "weights, got an empty list"),
+        ([torch.ones(2, 2)], [torch.ones(2)] * 2, {}, ValueError, "got 1 and 2"),
+        (torch.ones(2, 2), [torch.ones(2)], {}, TypeError, "weights to be a list of .* got Tensor"),
         ([torch.ones(2, 2)], [3.0], {}, TypeError, r"log_alphas\[0\] .* got float"),
         (
             [torch.ones(2, 3)],
@@ -97,9 +97,18 @@ def test_autocast_and_compile_change_nothing():
             ValueError,
             r"\(2,\) for a weight of shape \(2, 3\)",
         ),
-        ([torch.ones(2, 2)], [torch.ones(2)], {"a": 0.0}, ValueError, "a > 0, got 0.0"),
-        ([torch.ones(2, 2)], [torch.ones(2)], {"rho": -1.0}, ValueError, "rho >= 0, got -1.0"),
-        ([torch.ones(2, 2)], [torch.ones(2)], {"beta": -1.0}, ValueError, "beta > 0, got -1.0"),
+        ([torch.ones(2, 2)], [torch.ones(2)], {"a": 0.0}, ValueError, "a <= 1e.15, got 0.0"),
+        ([torch.ones(2, 2)], [torch.ones(2)], {"rho": -1.0}, ValueError, "rho <= 1e.15, got -1.0"),
+        (
+            [torch.ones(2, 2)],
+            [torch.ones(2)],
+            {"beta": -1.0},
+            ValueError,
+            "beta <= 1e.15, got -1.0",
+        ),
+        ([torch.ones(2, 2)], [torch.ones(2)], {"rho": None}, TypeError, "got NoneType"),
+        ([torch.ones(2, 2).to_sparse()], [torch.ones(2)], {}, ValueError, "torch.sparse_coo"),
+        ([torch.ones(2, 2)], [torch.ones(2, device="meta")], {}, ValueError, "cpu, got meta"),
     ],
 )
 def test_bad_input_is_named(weights, log_alphas, constants, error, message):

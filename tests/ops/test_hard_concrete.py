@@ -154,9 +154,12 @@ def test_active_probability_golden_value():
         (torch.zeros(3), torch.zeros(3).double(), {}, TypeError, "got torch.float64"),
         (torch.zeros(3), torch.zeros(3, device="meta"), {}, ValueError, "device cpu, got meta"),
         (torch.zeros(3).to_sparse(), None, {}, ValueError, "torch.sparse_coo"),
-        (torch.zeros(3), None, {"beta": 0.0}, ValueError, "beta > 0, got 0.0"),
-        (torch.zeros(3), None, {"gamma": 0.1}, ValueError, "gamma < 0, got 0.1"),
-        (torch.zeros(3), None, {"zeta": math.nan}, ValueError, "zeta > 1, got nan"),
+        (torch.zeros(3), None, {"beta": 0.0}, ValueError, "beta <= 1e.15, got 0.0"),
+        (torch.zeros(3), None, {"gamma": 0.1}, ValueError, "gamma <= -1e-15, got 0.1"),
+        (torch.zeros(3), None, {"gamma": -1e300}, ValueError, "-1e.15 <= gamma .* got -1e.300"),
+        (torch.zeros(3), None, {"zeta": math.nan}, ValueError, "zeta <= 1e.15, got nan"),
+        (torch.zeros(3), None, {"zeta": 1.0}, ValueError, "zeta <= 1e.15, got 1.0"),
+        (torch.zeros(3), None, {"beta": "1"}, TypeError, "beta to be a number, got str"),
     ],
 )
 def test_bad_input_is_named(log_alpha, uniform, constants, error, message):

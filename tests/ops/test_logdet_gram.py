@@ -199,8 +199,9 @@ def test_value_is_float64_if_any_weight_is():
         (torch.eye(2).to(torch.complex64), 0.0, TypeError, "got torch.complex64"),
         (torch.eye(2).to_sparse(), 0.0, ValueError, "torch.sparse_coo"),
         ([torch.eye(2), torch.eye(2, device="meta")], 0.0, ValueError, "cpu and meta"),
-        (torch.eye(2), -1e-6, ValueError, "ridge >= 0, got -1e-06"),
-        (torch.eye(2), math.nan, ValueError, "ridge >= 0, got nan"),
+        (torch.eye(2), -1e-6, ValueError, "ridge <= 1e.15, got -1e-06"),
+        (torch.eye(2), math.nan, ValueError, "ridge <= 1e.15, got nan"),
+        (torch.eye(2), None, TypeError, "ridge to be a number, got NoneType"),
     ],
 )
 def test_bad_input_is_named(weights, ridge, error, message):

@@ -259,6 +259,14 @@ def test_half_types_are_summed_in_float32(dtype, isa):
     assert output.item() == torch.tensor(5120.0, dtype=dtype).item()
 
 
+@pytest.mark.parametrize("algorithm", ["panel", "dense"])
+def test_relu_stops_an_infinite_gradient(algorithm):
+    kept = SparsityPattern.from_mask(torch.ones(1, 1).bool())
+    weight = torch.full((1, 1), -1.0, requires_grad=True)
+    output = masked_linear(torch.ones(1, 1), weight, kept, None, "relu", algorithm=algorithm)
+    assert torch.autograd.grad(output, weight, torch.full((1, 1), torch.inf))[0].item() == 0
+
+
 def test_nan_inputs_are_passed_on(isa):
     kept = SparsityPattern.from_mask(torch.tensor([[True, False], [False, True]]))
     input = torch.tensor([[float("nan"), 1.0]])
@@ -349,6 +357,7 @@ def test_pattern_is_an_ordinary_argument_under_compile():
         check_close(found, torch.autograd.grad(expected.sum(), weight)[0], 1e-6, "gradient")
 
 
+KERNEL = SparsityPattern.from_mask(torch.ones(2, 1, 3, 3, dtype=torch.bool))
 GOOD = {
     "input": torch.zeros(2, 3),
     "weight": torch.zeros(4, 3),
@@ -377,11 +386,7 @@ GOOD = {
         ({"weight": torch.zeros(12), "dense_grad": True}, ValueError, "values of shape"),
         ({"algorithm": "panel", "backend": "reference"}, RuntimeError, "got 'reference'"),
         ({"backend": "triton"}, RuntimeError, "only native, reference"),
-        (
-            {"pattern": SparsityPattern.from_mask(torch.ones(2, 1, 3, 3, dtype=torch.bool))},
-            ValueError,
-            r"\(N, K\), got \(2, 1, 3, 3\)",
-        ),
+        ({"pattern": KERNEL}, ValueError, r"\(N, K\), got \(2, 1, 3, 3\)"),
     ],
 )
 def test_bad_input_is_named(change, error, message):

@@ -93,11 +93,22 @@ def test_non_finite_weights_give_nan(bad, isa):
     assert transformed_l1([torch.tensor([1.0, bad])]).isnan()
 
 
-def test_extreme_magnitudes_do_not_overflow(isa):
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_extreme_magnitudes_do_not_overflow(backend, isa):
     t = torch.tensor([3e38, -3e38, 1e-38])
-    value, (gradient,) = transformed_l1_value_and_grad([t], 1.0)
+    value, (gradient,) = transformed_l1_value_and_grad([t], 1.0, backend=backend)
     assert value.item() == pytest.approx(4.0)
     assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("a", [1e-15, 1e15])
+def test_extreme_shape_parameters_keep_the_accuracy(a, backend, isa):
+    t = torch.tensor([0.0, 1e-38, 1e-15, -1.0, 1e15, -1e22])
+    value, (gradient,) = transformed_l1_value_and_grad([t], a, backend=backend)
+    exact_value, (exact,) = transformed_l1_value_and_grad([t.double()], a, backend="reference")
+    assert value.item() == pytest.approx(exact_value.item(), rel=1e-6)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-6, atol=1e-37)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +126,12 @@ def test_extreme_magnitudes_do_not_overflow(isa):
         ),
         ([torch.zeros(3), torch.zeros(3, device="meta")], 1.0, ValueError, "cpu and meta"),
         ([torch.zeros(3).to_sparse()], 1.0, ValueError, "torch.sparse_coo"),
-        ([torch.zeros(3)], 0.0, ValueError, "a > 0, got 0.0"),
-        ([torch.zeros(3)], math.nan, ValueError, "a > 0, got nan"),
+        ([torch.zeros(3)], 0.0, ValueError, "<= a <= 1e.15, got 0.0"),
+        ([torch.zeros(3)], math.nan, ValueError, "<= a <= 1e.15, got nan"),
+        ([torch.zeros(3)], 1e39, ValueError, "<= a <= 1e.15, got 1e.39"),
+        ([torch.zeros(3)], 1e-46, ValueError, "<= a <= 1e.15, got 1e-46"),
+        ([torch.zeros(3)], None, TypeError, "a to be a number, got NoneType"),
+        ([torch.zeros(3)], torch.ones((), requires_grad=True), TypeError, "number, got Tensor"),
     ],
 )
 def test_bad_input_is_named(tensors, a, error, message):
@@ -130,3 +145,8 @@ def test_explicit_backend_never_falls_back(monkeypatch):
     )
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: no GPU in this test"):
         tscnc_kernels.transformed_l1([torch.ones(3)], backend="triton")
+
+
+def test_vmap_over_an_empty_batch_is_refused():
+    with pytest.raises(ValueError, match="at least one example, got 0"):
+        torch.func.vmap(lambda t: transformed_l1([t]))(torch.zeros(0, 3))

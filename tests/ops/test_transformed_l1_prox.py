@@ -88,9 +88,12 @@ def test_compiles_to_one_graph_and_maps_over_a_batch():
     [
         ([1.0], 0.1, 1.0, TypeError, "got list"),
         (torch.zeros(2, dtype=torch.int64), 0.1, 1.0, TypeError, "got torch.int64"),
-        (torch.zeros(2), -0.1, 1.0, ValueError, "lambda_ >= 0, got -0.1"),
-        (torch.zeros(2), math.nan, 1.0, ValueError, "lambda_ >= 0, got nan"),
-        (torch.zeros(2), 0.1, 0.0, ValueError, "a > 0, got 0.0"),
+        (torch.zeros(2), -0.1, 1.0, ValueError, "lambda_ <= 1e.15, got -0.1"),
+        (torch.zeros(2), math.nan, 1.0, ValueError, "lambda_ <= 1e.15, got nan"),
+        (torch.zeros(2), 0.1, 0.0, ValueError, "a <= 1e.15, got 0.0"),
+        (torch.zeros(2), 1e300, 1e-300, ValueError, "lambda_ <= 1e.15, got 1e.300"),
+        (torch.zeros(2), "1", 1.0, TypeError, "lambda_ to be a number, got str"),
+        (torch.zeros(2).to_sparse(), 0.1, 1.0, ValueError, "torch.sparse_coo"),
     ],
 )
 def test_bad_input_is_named(input, lambda_, a, error, message):

@@ -16,7 +16,11 @@ def resolve(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a name is unknown (the message lists close or known ones), or a module is named
             twice.
+        TypeError: not a module, or not a mapping with strings as its keys.
     """
+    check_module(model)
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"expected masks to be a mapping, got {type(masks).__name__}")
     known: dict[str, str] = {}
     first: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -24,6 +28,8 @@ def resolve(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
             known[name] = first.setdefault(module, name)
     resolved: dict[str, Tensor] = {}
     for name, mask in masks.items():
+        if not isinstance(name, str):
+            raise TypeError(f"expected masks to be named by strings, got {name!r}")
         module_name = name.removesuffix("weight").removesuffix(".") if _is_weight(name) else name
         if module_name not in known:
             hint = _hint(name, list(known))
@@ -33,6 +39,12 @@ def resolve(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"the weight of {canonical!r} is named twice")
         resolved[canonical] = mask
     return resolved
+
+
+def check_module(model: nn.Module) -> None:
+    """Raises TypeError for what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
 
 
 def _is_weight(name: str) -> bool:

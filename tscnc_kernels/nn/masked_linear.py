@@ -88,9 +88,11 @@ class MaskedLinear(nn.Module):
             The masked layer.
 
         Raises:
-            ValueError: the mask has another shape, or the mode is unknown.
-            TypeError: the mask is not boolean.
+            ValueError: the mask has another shape, the mode is unknown, or the weight has no data
+                or is computed by a parametrization.
+            TypeError: not a Linear, or the mask is not boolean.
         """
+        _check_linear(linear)
         pattern = mask if isinstance(mask, SparsityPattern) else SparsityPattern.from_mask(mask)
         _check_layer(linear.in_features, linear.out_features, pattern, mode)
         layer = cls.__new__(cls)
@@ -165,19 +167,22 @@ class MaskedLinear(nn.Module):
 
         def carry(tensor: Tensor) -> Tensor:
             if self.mode == "dense":
-                return tensor.masked_fill(dropped, 0)
-            return remap(tensor, mapping)
+                return tensor.masked_fill(dropped.to(tensor.device), 0)
+            return remap(tensor, mapping.to(tensor.device))
 
         gradient = self.weight.grad
         self.weight.grad = None
         self.weight.data = carry(self.weight.data)
+        # Assigning data does not: a backward of an earlier forward would mix two masks in silence.
+        if not self.weight.is_inference():
+            torch.autograd.graph.increment_version(self.weight)
         if gradient is not None:
             self.weight.grad = carry(gradient)
         self._pattern = pattern
         return carry
 
     def forward(self, input: Tensor) -> Tensor:
-        """X (W ∘ M)ᵀ + b for an input of shape (..., K)."""
+        """The product x (W ∘ M)ᵀ + b, (..., N), for an input x of shape (..., K)."""
         return masked_linear(input, self.weight, self._pattern, self.bias, assume_masked=True)
 
     def extra_repr(self) -> str:
@@ -228,14 +233,10 @@ class MaskedLinear(nn.Module):
         self._follow_device()
 
     def _load_mask(self, bits: Tensor) -> None:
-        present = self._pattern
-        if bits.dtype == torch.uint8 and torch.equal(bits.cpu(), present.bits.cpu()):
-            return
-        pattern = SparsityPattern.from_bits(bits.to(present.device), present.shape)
-        self._pattern = pattern
-        if self.mode == "values" and self.weight.shape[0] != pattern.nnz:
-            self.weight.grad = None
-            self.weight.data = self.weight.new_empty(pattern.nnz)
+        pattern = SparsityPattern.from_bits(bits, self._pattern.shape)
+        if pattern != self._pattern:
+            # The weight follows even if the state holds none.
+            self.set_mask(pattern.mask)
 
     def _in_this_mode(self, weight: Tensor) -> Tensor:
         """A stored weight of either mode in this layer's; one of a wrong shape as it is."""
@@ -247,6 +248,15 @@ class MaskedLinear(nn.Module):
                 return pattern.gather(weight)
             return weight.masked_fill(~pattern.mask, 0)
         return weight
+
+
+def _check_linear(linear: nn.Linear) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"expected an nn.Linear, got {type(linear).__name__}")
+    if "weight" not in linear._parameters:
+        raise ValueError("expected a Linear whose weight is a Parameter, got a computed weight")
+    if linear.weight.is_meta:
+        raise ValueError("expected a Linear whose weight has data, got one on the meta device")
 
 
 def _check_layer(in_features: int, out_features: int, pattern: SparsityPattern, mode: str) -> None:

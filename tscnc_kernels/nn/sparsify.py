@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tscnc_kernels import _backend
-from tscnc_kernels.nn._names import resolve
+from tscnc_kernels.nn._names import check_module, resolve
 from tscnc_kernels.nn.masked_linear import MODES, MaskedLinear
 from tscnc_kernels.ops.masked_linear import PANEL_DENSITY, choose_algorithm
 from tscnc_kernels.sparsity import SparsityPattern
@@ -81,14 +81,16 @@ def sparsify(
 
     Raises:
         ValueError: an unknown name (close or known names are listed), a mask of another shape, an
-            unknown mode, or a model that is itself a Linear. The model is unchanged then.
-        TypeError: a mask that is not boolean.
+            unknown mode, a mask for a weight without data (lazy, or on the meta device), or a model
+            that is itself a Linear. The model is unchanged then.
+        TypeError: a mask that is not boolean, or arguments of other types.
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"expected mode to be None or one of {', '.join(MODES)}, got {mode!r}")
     if isinstance(model, nn.Linear):
         raise ValueError("expected a model that contains Linear layers, got a Linear itself")
-    named = {name: _pattern(model, name, m) for name, m in resolve(model, masks or {}).items()}
+    resolved = resolve(model, {} if masks is None else masks)
+    named = {name: _pattern(model, name, mask) for name, mask in resolved.items()}
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers, swaps = [], {}
     for name, module in model.named_modules():
@@ -127,7 +129,9 @@ def densify(model: nn.Module) -> None:
 
     Raises:
         ValueError: the model is itself a MaskedLinear (use its `to_linear`).
+        TypeError: not a module.
     """
+    check_module(model)
     if isinstance(model, MaskedLinear):
         raise ValueError("expected a model that contains MaskedLinear, got one; use to_linear()")
     _replace(model, lambda m: m.to_linear() if isinstance(m, MaskedLinear) else None)
@@ -151,8 +155,10 @@ def update_masks(
     Raises:
         ValueError: an unknown name, a layer that is not a MaskedLinear, or a mask of another shape.
             Nothing is changed then.
-        TypeError: a mask that is not boolean.
+        TypeError: a mask that is not boolean, or arguments of other types.
     """
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     layers = []
     for name, mask in resolve(model, masks).items():
         layer = model.get_submodule(name)
@@ -183,7 +189,9 @@ def explain(module: nn.Module) -> str:
 
     Raises:
         RuntimeError: a backend was forced that cannot run here.
+        TypeError: not a module.
     """
+    check_module(module)
     rows = [("layer", "shape", "density", "mode", "runs", "reason")]
     for name, layer in module.named_modules():
         if not isinstance(layer, MaskedLinear):
@@ -205,6 +213,8 @@ def _pattern(model: nn.Module, name: str, mask: Tensor) -> SparsityPattern:
     """The pattern of a named mask, with errors that tell the name."""
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear | nn.Conv2d | MaskedLinear)
+    if not isinstance(module, MaskedLinear) and not _is_materialised(module.weight):
+        raise ValueError(f"mask of {name!r}: expected a weight with data, got a lazy or meta one")
     shape = module.pattern.shape if isinstance(module, MaskedLinear) else tuple(module.weight.shape)
     try:
         pattern = SparsityPattern.from_mask(mask)

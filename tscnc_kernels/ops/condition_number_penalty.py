@@ -25,6 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from tscnc_kernels._checks import check_kernels, check_number, check_patterns
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.logdet_gram import logdet_gram_float64
 from tscnc_kernels.sparsity import SparsityPattern
@@ -44,58 +45,15 @@ def _check(
     tau: float,
     repo_compat: bool,
 ) -> None:
-    if isinstance(matrices, Tensor) or not isinstance(matrices, Sequence):
-        raise TypeError(f"expected matrices to be a list, got {type(matrices).__name__}")
-    if not matrices:
-        raise ValueError("expected at least one matrix, got an empty list")
-    for index, matrix in enumerate(matrices):
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-            got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise TypeError(f"expected matrices[{index}] to be a floating tensor, got {got}")
-        if matrix.dim() < 2 or matrix.numel() == 0:
-            raise ValueError(
-                f"expected matrices[{index}] to be a non-empty matrix or (out, in, …) kernel, "
-                f"got shape {tuple(matrix.shape)}"
-            )
-        if matrix.device != matrices[0].device:
-            raise ValueError(
-                f"expected matrices on one device, got {matrices[0].device} and {matrix.device} "
-                f"at matrices[{index}]"
-            )
+    check_kernels("matrices", matrices)
     if patterns is not None:
-        _check_patterns(matrices, patterns)
+        check_patterns(patterns, matrices)
     if form not in get_args(Form):
         raise ValueError(f"expected form to be one of {', '.join(get_args(Form))}, got {form!r}")
     if repo_compat and form != "logdet":
         raise ValueError(f"repo_compat is the published 'logdet' form, got form {form!r}")
-    if not 0 <= ridge < math.inf:
-        raise ValueError(f"expected a finite ridge >= 0, got {ridge}")
-    if not 0 <= tau < math.inf:
-        raise ValueError(f"expected a finite tau >= 0, got {tau}")
-
-
-def _check_patterns(matrices: Sequence[Tensor], patterns: Patterns) -> None:
-    if len(patterns) != len(matrices):
-        raise ValueError(
-            f"expected one pattern (or None) per matrix, "
-            f"got {len(patterns)} patterns for {len(matrices)} matrices"
-        )
-    for index, (matrix, pattern) in enumerate(zip(matrices, patterns, strict=True)):
-        if pattern is None:
-            continue
-        if not isinstance(pattern, SparsityPattern):
-            raise TypeError(
-                f"expected patterns[{index}] to be a SparsityPattern or None, "
-                f"got {type(pattern).__name__}"
-            )
-        if pattern.shape not in (tuple(matrix.shape), tuple(matrix.flatten(1).shape)):
-            raise ValueError(
-                f"expected patterns[{index}] of shape {tuple(matrix.shape)}, got {pattern.shape}"
-            )
-        if pattern.device != matrix.device:
-            raise ValueError(
-                f"expected patterns[{index}] on {matrix.device} as its matrix, got {pattern.device}"
-            )
+    check_number("ridge", ridge, 0)
+    check_number("tau", tau, 0)
 
 
 @torch.compiler.assume_constant_result
@@ -157,15 +115,16 @@ def _from_singular_values(
     found = extreme_singular_values(
         matrices, patterns, state, rank="full" if patterns is None else "structural"
     )
-    largest, smallest = found.sigma_max.double().square(), found.sigma_min.double().square()
+    largest, smallest = found.sigma_max.double(), found.sigma_min.double()
     live = matrices
     if patterns is not None:
         live = [_live_part(m, p) for m, p in zip(matrices, patterns, strict=True)]
     if form == "nenov":
-        return (largest - _squared_norms(live) / _small_sides(live).clamp(min=1)).sum() / 2
+        return (largest.square() - _squared_norms(live) / _small_sides(live).clamp(min=1)).sum() / 2
     kept = _small_sides(live) > 0
-    top, bottom = largest + tau**2 * largest, smallest + tau**2 * largest
-    return (torch.where(kept, top, 1.0) / torch.where(kept, bottom, 1.0)).log().sum() / 2
+    # The ratio first: squares would overflow or vanish.
+    ratio = torch.where(kept, smallest, 1.0) / torch.where(kept, largest, 1.0)
+    return ((1 + tau**2) / (ratio.square() + tau**2)).log().sum() / 2
 
 
 def condition_number_penalty(
@@ -181,22 +140,21 @@ def condition_number_penalty(
     """Sum of a condition-number penalty over a list of matrices.
 
     scale_invariant: n log(‖W‖_F²/n) − logdet G + n log(1 + ridge); logdet: (logdet(G/n))²;
-        log_kappa: log(σ₁/σ_r),
-    floored at tau; nenov: ½ σ₁² − ‖W‖_F²/(2n). The first and the last are 0 where all singular
-    values are equal.
+    log_kappa: log(σ₁/σ_r), floored at tau; nenov: ½ σ₁² − ‖W‖_F²/(2n). All but logdet are 0 where
+    all singular values are equal.
 
     Args:
-        matrices: list of L (rows, cols) tensors of any shapes and floating dtypes on one device. An
-            (out, in, …) convolution kernel counts as (out, in·…).
+        matrices: list of L (rows, cols) tensors of any shapes, float32, float64, bfloat16 or
+            float16, on one device. An (out, in, …) convolution kernel counts as (out, in·…).
         patterns: one SparsityPattern or None per matrix: the penalty is that of W∘M without dead
             rows and columns. A matrix that is pruned whole adds 0.
         state: warm start for the forms that need singular values, the `state` of an
             `extreme_singular_values` call on the same list (convolutions flattened); the other
             forms ignore it.
         form: which penalty.
-        ridge: relative ridge of the Gram matrix in scale_invariant and logdet, finite and >= 0.
-            With 0 a singular matrix costs inf, without a gradient.
-        tau: relative floor under σ_r in log_kappa, finite and >= 0.
+        ridge: relative ridge of the Gram matrix in scale_invariant and logdet, in [0, 1e15]. With
+            0 a singular matrix costs inf, without a gradient.
+        tau: relative floor under σ_r in log_kappa, in [0, 1e15].
         repo_compat: the published (log(1e-5 + det(WᵀW/n)))² in float32 instead of form "logdet".
 
     Returns:

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._checks import check_floating_list, check_number, check_patterns
 from tscnc_kernels._spectral import (
     MAX_TIES,
     ExtremeSingularValues,
     Raw,
-    check_matrix,
     check_state,
     mask_of,
     pack_reference,
@@ -46,6 +46,8 @@ BACKENDS = ("native", "reference")
 _backend.register("extreme_singular_values", BACKENDS)
 
 _UNIT = 2.0**-53
+# At 1 every singular value would be tied with the largest.
+_LARGEST_TIE = 0.999999
 
 
 class _Settings(NamedTuple):
@@ -63,24 +65,22 @@ def _check(
     tie_tol: float,
     method: str,
 ) -> None:
-    if isinstance(matrices, Tensor) or not isinstance(matrices, Sequence):
-        raise TypeError(f"expected matrices to be a list of tensors, got {type(matrices).__name__}")
-    if not matrices:
-        raise ValueError("expected at least one matrix, got an empty list")
+    check_floating_list("matrices", matrices)
     for index, matrix in enumerate(matrices):
-        check_matrix(index, matrix, matrices[0])
+        if matrix.dim() != 2 or matrix.numel() == 0:
+            raise ValueError(
+                f"expected matrices[{index}] to have 2 dimensions and no empty one, "
+                f"got shape {tuple(matrix.shape)}"
+            )
     if rank not in ("full", "structural"):
         raise ValueError(f'expected rank to be "full" or "structural", got {rank!r}')
     if method not in ("auto", "power"):
         raise ValueError(f'expected method to be "auto" or "power", got {method!r}')
-    if not 0 <= tie_tol < 1:
-        raise ValueError(f"expected 0 <= tie_tol < 1, got {tie_tol}")
+    check_number("tie_tol", tie_tol, 0, _LARGEST_TIE)
     if patterns is None and rank == "structural":
         raise ValueError('rank="structural" needs patterns: got patterns=None')
-    if patterns is not None and len(patterns) != len(matrices):
-        raise ValueError(
-            f"expected one pattern (or None) per matrix, got {len(patterns)} for {len(matrices)}"
-        )
+    if patterns is not None:
+        check_patterns(patterns, matrices)
     if state is not None:
         check_state(state, matrices)
 
@@ -342,7 +342,7 @@ def extreme_singular_values(
     Raises:
         ValueError: empty list or matrix, not 2 dimensions, several devices, a pattern or state of
             another shape, rank="structural" without patterns, unknown rank or method, tie_tol
-            outside [0, 1).
+            outside [0, 0.999999].
         TypeError: not a list of tensors, a dtype that is not supported.
         RuntimeError: the backend cannot run here.
 
@@ -358,10 +358,10 @@ def extreme_singular_values(
     masks: list[Tensor] = []
     structures: list[Tensor] = []
     if patterns is not None:
-        masks = [mask_of(i, p, w) for i, (p, w) in enumerate(zip(patterns, dense, strict=True))]
+        masks = [mask_of(p, w) for p, w in zip(patterns, dense, strict=True)]
         pairs = zip(patterns, masks, strict=True)
         structures = [structure_of(pattern, mask) for pattern, mask in pairs]
-    settings = _Settings(rank == "structural", float(tie_tol), method == "power", certify)
+    settings = _Settings(rank == "structural", float(tie_tol), method == "power", bool(certify))
     start = None if state is None else state.detach().contiguous()
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in dense):
         raw = ExtremeSingularValuesFunction.apply(  # type: ignore[no-untyped-call]

@@ -19,9 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tscnc_kernels._checks import SMALLEST, check_floating_list, check_number
 from tscnc_kernels.ops.hard_concrete import hard_concrete_active_probability
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # The published code keeps probabilities this far from 0 and 1.
 _PROBABILITY_MARGIN = 1e-6
@@ -30,20 +29,16 @@ _PROBABILITY_MARGIN = 1e-6
 def _check(
     weights: Sequence[Tensor], log_alphas: Sequence[Tensor], a: float, rho: float, lambda_: float
 ) -> None:
-    for name, tensors in (("weights", weights), ("log_alphas", log_alphas)):
-        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-            raise TypeError(f"expected {name} to be a list, got {type(tensors).__name__}")
-        for index, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TypeError(
-                    f"expected {name}[{index}] to be a float32, float64, bfloat16 or float16 "
-                    f"tensor, got {got}"
-                )
-    if not weights or len(weights) != len(log_alphas):
+    check_floating_list("weights", weights)
+    check_floating_list("log_alphas", log_alphas)
+    if len(weights) != len(log_alphas):
         raise ValueError(
-            f"expected as many weights as log_alphas, at least one, "
-            f"got {len(weights)} and {len(log_alphas)}"
+            f"expected as many weights as log_alphas, got {len(weights)} and {len(log_alphas)}"
+        )
+    if weights[0].device != log_alphas[0].device:
+        raise ValueError(
+            f"expected log_alphas on the weights' device {weights[0].device}, "
+            f"got {log_alphas[0].device}"
         )
     for index, (weight, log_alpha) in enumerate(zip(weights, log_alphas, strict=True)):
         if weight.dim() < 1 or log_alpha.shape != weight.shape[:1]:
@@ -51,12 +46,9 @@ def _check(
                 f"expected log_alphas[{index}] of shape {tuple(weight.shape[:1])} "
                 f"for a weight of shape {tuple(weight.shape)}, got {tuple(log_alpha.shape)}"
             )
-    if not 0 < a < math.inf:
-        raise ValueError(f"expected a finite a > 0, got {a}")
-    if not 0 <= rho < math.inf:
-        raise ValueError(f"expected a finite rho >= 0, got {rho}")
-    if not 0 <= lambda_ < math.inf:
-        raise ValueError(f"expected a finite lambda_ >= 0, got {lambda_}")
+    check_number("a", a, SMALLEST)
+    check_number("rho", rho, 0)
+    check_number("lambda_", lambda_, 0)
 
 
 def gated_transformed_l1(
@@ -79,16 +71,17 @@ def gated_transformed_l1(
         weights: list of (out, …) floating tensors; a gate closes one slice of the first dimension.
             For gates on the input units of a linear layer pass weight.mT.
         log_alphas: list of (out,) gate parameters, one tensor per weight.
-        a: shape parameter of the transformed l1, finite and > 0.
-        rho: prior precision, finite and >= 0.
-        lambda_: prior cost of an active weight, finite and >= 0.
+        a: shape parameter of the transformed l1, in [1e-15, 1e15].
+        rho: prior precision, in [0, 1e15].
+        lambda_: prior cost of an active weight, in [0, 1e15].
         repo_compat: the published value (a + 1) t / (a − t), with P clamped to [1e-6, 1 − 1e-6].
-        beta: temperature of the gates, > 0.
-        gamma: lower end of their stretched range, < 0.
-        zeta: upper end, > 1.
+        beta: temperature of the gates, in [1e-15, 1e15].
+        gamma: lower end of their stretched range, in [-1e15, -1e-15].
+        zeta: upper end, in [1.000001, 1e15].
 
     Returns:
-        0-d tensor, float32 (float64 if any tensor is). The published loss divides it by N.
+        0-d tensor, float32 (float64 if any tensor is). The published loss divides it by N. NaN
+        where the squares of a weight overflow.
 
     Raises:
         ValueError: lists of different or zero length, gates that do not fit a weight, constants out

@@ -20,45 +20,33 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._checks import LARGEST, SMALLEST, check_floating, check_number
 from tscnc_kernels._vmap import register_elementwise_vmap
 
 # Native first: benchmarks/results/*/hard_concrete.csv.
 BACKENDS = ("native", "reference")
 _backend.register("hard_concrete", BACKENDS)
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# A gate opens fully only if the stretched range passes 1.
+_LEAST_ZETA = 1.000001
 
 # u = 0 and u = 1 give an infinite logit. Bounded by this, it still decides against any finite
 # log_alpha, and an infinite log_alpha decides against it.
 _LOGIT_BOUND = 1e30
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(
-            f"expected {name} of dtype float32, float64, bfloat16 or float16, got {tensor.dtype}"
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(f"expected a strided {name}, got {tensor.layout}")
-
-
 def _check_constants(beta: float, gamma: float, zeta: float) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"expected a finite beta > 0, got {beta}")
-    if not -math.inf < gamma < 0:
-        raise ValueError(f"expected a finite gamma < 0, got {gamma}")
-    if not 1 < zeta < math.inf:
-        raise ValueError(f"expected a finite zeta > 1, got {zeta}")
+    check_number("beta", beta, SMALLEST)
+    check_number("gamma", gamma, -LARGEST, -SMALLEST)
+    check_number("zeta", zeta, _LEAST_ZETA)
 
 
 def _check(
     log_alpha: Tensor, uniform: Tensor | None, beta: float, gamma: float, zeta: float
 ) -> None:
-    _check_tensor("log_alpha", log_alpha)
+    check_floating("log_alpha", log_alpha)
     if uniform is not None:
-        _check_tensor("uniform", uniform)
+        check_floating("uniform", uniform)
         if uniform.shape != log_alpha.shape:
             raise ValueError(
                 f"expected uniform of log_alpha's shape {tuple(log_alpha.shape)}, "
@@ -200,9 +188,9 @@ def hard_concrete(
         log_alpha: floating tensor of any shape (float32, float64, bfloat16, float16).
         uniform: noise in [0, 1] of log_alpha's shape, dtype and device, or None. At u = 0 the gate
             is closed and at u = 1 open, whatever a finite log_alpha says.
-        beta: temperature, > 0.
-        gamma: lower end of the stretched range, < 0.
-        zeta: upper end, > 1.
+        beta: temperature, in [1e-15, 1e15].
+        gamma: lower end of the stretched range, in [-1e15, -1e-15].
+        zeta: upper end, in [1.000001, 1e15].
         backend: "native" or "reference"; None chooses.
 
     Returns:
@@ -237,9 +225,9 @@ def hard_concrete_active_probability(
 
     Args:
         log_alpha: floating tensor of any shape.
-        beta: temperature, > 0.
-        gamma: lower end of the stretched range, < 0.
-        zeta: upper end, > 1.
+        beta: temperature, in [1e-15, 1e15].
+        gamma: lower end of the stretched range, in [-1e15, -1e-15].
+        zeta: upper end, in [1.000001, 1e15].
 
     Returns:
         Probabilities of log_alpha's shape and dtype; half types are computed in float32.
@@ -250,7 +238,7 @@ def hard_concrete_active_probability(
 
     Source: arXiv 1712.01312, eq. 12.
     """
-    _check_tensor("log_alpha", log_alpha)
+    check_floating("log_alpha", log_alpha)
     _check_constants(beta, gamma, zeta)
     exact = _sigmoid_argument(log_alpha, None, beta)
     return torch.sigmoid(exact - beta * math.log(-gamma / zeta)).to(log_alpha.dtype)

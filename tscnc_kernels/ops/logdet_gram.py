@@ -20,44 +20,17 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._checks import check_kernels, check_number
 from tscnc_kernels._vmap import register_loop_vmap
 
 # Native first: benchmarks/results/*/logdet_gram.csv.
 BACKENDS = ("native", "reference")
 _backend.register("logdet_gram", BACKENDS)
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def _check(weights: Sequence[Tensor], ridge: float) -> None:
-    if not isinstance(weights, Sequence):
-        raise TypeError(f"expected a tensor or a list of tensors, got {type(weights).__name__}")
-    if not weights:
-        raise ValueError("expected at least one weight, got an empty list")
-    for index, weight in enumerate(weights):
-        if not isinstance(weight, Tensor):
-            raise TypeError(
-                f"expected weights[{index}] to be a tensor, got {type(weight).__name__}"
-            )
-        if weight.dtype not in _DTYPES:
-            raise TypeError(
-                f"expected weights[{index}] of dtype float32, float64, bfloat16 or float16, "
-                f"got {weight.dtype}"
-            )
-        if weight.layout != torch.strided:
-            raise ValueError(f"expected strided weights, got {weight.layout} at weights[{index}]")
-        if weight.dim() < 2 or weight.numel() == 0:
-            raise ValueError(
-                f"expected weights[{index}] to be a non-empty matrix or (out, in, …) kernel, "
-                f"got shape {tuple(weight.shape)}"
-            )
-        if weight.device != weights[0].device:
-            raise ValueError(
-                f"expected weights on one device, got {weights[0].device} and {weight.device} "
-                f"at weights[{index}]"
-            )
-    if not 0 <= ridge < float("inf"):
-        raise ValueError(f"expected a finite ridge >= 0, got {ridge}")
+    check_kernels("weights", weights)
+    check_number("ridge", ridge, 0)
 
 
 def _value_dtype(weights: Sequence[Tensor]) -> torch.dtype:
@@ -188,19 +161,19 @@ def logdet_gram(
         weights: a (rows, cols) tensor or a list of them, of any shapes and floating dtypes
             (float32, float64, bfloat16, float16), on one device. An (out, in, …) convolution kernel
             counts as (out, in·…).
-        ridge: relative ridge, finite and >= 0.
+        ridge: relative ridge, in [0, 1e15].
         backend: "native" or "reference"; None chooses.
 
     Returns:
         0-d tensor for a tensor, (L,) for a list of L; float64 if any weight is, else float32. Where
         G is singular (a Cholesky pivot does not exceed what rounding can leave of zero, max(rows,
         columns) · 2⁻⁵² of its diagonal entry) the value is -inf and the gradient NaN; with the
-        default ridge only a zero weight is. NaN or infinite weights, or squares that overflow
-        float64, give NaN.
+        default ridge only a weight of zeros is, or one whose squares vanish in float64. NaN or
+        infinite weights, or squares that overflow float64, give NaN.
 
     Raises:
         ValueError: empty list, a weight with fewer than two dimensions or without elements, several
-            devices, ridge < 0 or not finite.
+            devices, or a ridge out of range.
         TypeError: not tensors, or a dtype that is not supported.
         RuntimeError: the backend cannot run here.
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tscnc_kernels import _backend
 from tscnc_kernels._autocast import autocast_dtype, cast
+from tscnc_kernels._checks import check_floating
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -44,7 +45,6 @@ ALGORITHMS = ("panel", "dense")
 # benchmarks/results/*/masked_linear.csv).
 PANEL_DENSITY = 0.35
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _check(
@@ -62,19 +62,11 @@ def _check(
         raise ValueError(f"expected a pattern of shape (N, K), got {pattern.shape}")
     named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected {name} to be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"expected {name} of dtype float32, float64, bfloat16 or float16, "
-                f"got {tensor.dtype}"
-            )
+        check_floating(name, tensor)
         if tensor.dtype != input.dtype:
             raise TypeError(
                 f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}"
             )
-        if tensor.layout != torch.strided:
-            raise ValueError(f"expected a strided {name}, got {tensor.layout}")
         if tensor.device != pattern.device:
             raise ValueError(
                 f"expected {name} on the pattern's device {pattern.device}, got {tensor.device}"
@@ -89,7 +81,7 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"expected bias of shape ({rows},), got {tuple(bias.shape)}")
-    if activation not in ACTIVATIONS:
+    if activation not in tuple(ACTIVATIONS):
         raise ValueError(
             f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
@@ -138,9 +130,9 @@ def _activate(z: Tensor, activation: str) -> Tensor:
 
 
 def _activation_gradient(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """DY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
+    """The gradient dY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
     if activation == "relu":
-        return grad_output * (saved > 0)
+        return grad_output.masked_fill(saved <= 0, 0)
     if activation == "gelu":
         distribution = 0.5 * (1 + torch.erf(saved * 0.5**0.5))
         density = torch.exp(-0.5 * saved * saved) * (2 * torch.pi) ** -0.5
@@ -373,9 +365,9 @@ def masked_linear(
     infinity there stays out of the result; a dense product would spread it.
 
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
-        are cast as for
-    F.linear. Determinism: the panel algorithm gives the same bits every run and for any number of
-    threads.
+    are cast as for F.linear.
+
+    Determinism: the panel algorithm gives the same bits every run and for any number of threads.
     """
     dtype = autocast_dtype(pattern.device) if isinstance(pattern, SparsityPattern) else None
     if dtype is not None:

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from tscnc_kernels._checks import SMALLEST, check_floating, check_number
 
 # Below it the first two terms of the series of sin²(asin(√s)/3) are exact to 1e-15, and √s has no
 # finite slope at 0.
@@ -28,16 +28,9 @@ _SMALL = 1e-8
 
 
 def _check(input: Tensor, lambda_: float, a: float) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"expected input to be a tensor, got {type(input).__name__}")
-    if input.dtype not in _DTYPES:
-        raise TypeError(
-            f"expected input of dtype float32, float64, bfloat16 or float16, got {input.dtype}"
-        )
-    if not 0 <= lambda_ < math.inf:
-        raise ValueError(f"expected a finite lambda_ >= 0, got {lambda_}")
-    if not 0 < a < math.inf:
-        raise ValueError(f"expected a finite a > 0, got {a}")
+    check_floating("input", input)
+    check_number("lambda_", lambda_, 0)
+    check_number("a", a, SMALLEST)
 
 
 def _relative_step(s: Tensor) -> Tensor:
@@ -52,15 +45,15 @@ def transformed_l1_prox(input: Tensor, lambda_: float, a: float = 1.0) -> Tensor
 
     Args:
         input: floating tensor x of any shape (float32, float64, bfloat16, float16).
-        lambda_: weight λ of the penalty, finite and >= 0; with 0 the map is the identity.
-        a: shape parameter, finite and > 0.
+        lambda_: weight λ of the penalty, in [0, 1e15]; with 0 the map is the identity.
+        a: shape parameter, in [1e-15, 1e15].
 
     Returns:
         Tensor of input's shape and dtype; half types are computed in float32. Elements with |x| up
         to the threshold are exactly 0; NaN and infinite ones give NaN.
 
     Raises:
-        ValueError: λ < 0, a ≤ 0, or one of them not finite.
+        ValueError: λ or a out of range, or a tensor that is not strided.
         TypeError: not a tensor, or a dtype that is not supported.
 
     Autograd: any order, 0 below the threshold.
