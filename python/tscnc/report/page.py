@@ -158,7 +158,7 @@ def _footnote(results: Results) -> str:
         dropped = f", {timing['dropped']} disturbed pairs left out" if timing["dropped"] else ""
         parts.append(
             f"Training step: median of {timing['pairs']} alternating pairs on {timing['threads']} "
-            f"thread{dropped}; loss, backward and optimizer, without the penalties."
+            f"thread{dropped}; attack, loss, backward and optimizer, without the penalties."
         )
     parts.append("Structural κ leaves out rows and columns without a kept weight; full κ does not.")
     return " ".join(parts)
