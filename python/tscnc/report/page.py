@@ -148,10 +148,11 @@ def _footnote(results: Results) -> str:
     count, share = results["accuracy"]["examples"], results["accuracy"]["clean"]
     parts = []
     if count and share is not None:
-        error = math.sqrt(max(share * (1 - share), 1 / (4 * count)) / count)
+        error = tables.standard_error(results, "clean")
         parts.append(
             f"{count:,} test images: one image is {100 / count:.2g} points, the standard error of "
-            f"the clean accuracy {100 * error:.1f} points."
+            f"the clean accuracy {100 * error:.1f} points; accuracies that differ by less than "
+            "theirs count as the same."
         )
     timing = results["seconds_per_step"]
     if timing:
