@@ -138,6 +138,8 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _start(config: TrainConfig, arguments: argparse.Namespace, name: str, *, compare: bool) -> None:
     from tscnc.run_folder import unused
 
+    if config.data_dir is not None:  # absolute, so that the run can be resumed from anywhere
+        config = config.replace(data_dir=str(Path(config.data_dir).resolve()))
     if arguments.dry_run:
         shorter = config.replace(
             epochs=1,
@@ -178,9 +180,11 @@ def _run(config: TrainConfig | None, out: Path, *, compare: bool | None, keep: b
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from tscnc.run_folder import RunFolder
     from tscnc.trained import evaluate_again, runs_in
 
     for run in runs_in(arguments.path):
+        RunFolder.reopen(run)
         progress.say(f"evaluating {run}")
         evaluate_again(run)
     _report(arguments)
@@ -216,6 +220,8 @@ def _refuse(command: argparse.ArgumentParser, unknown: str) -> NoReturn:
         command.error(f"unexpected argument {unknown!r}")
     flag = unknown.partition("=")[0]
     known = [option for action in command._actions for option in action.option_strings]
+    if flag in known:
+        command.error(f"{flag} goes after the command")
     command.error(f"unknown flag {flag!r}{configuration.close_matches(flag, known)}")
 
 

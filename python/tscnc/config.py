@@ -36,6 +36,8 @@ class _Check(NamedTuple):
 _POSITIVE = _Check("a number > 0", lambda value: value > 0)
 _NOT_NEGATIVE = _Check("a number >= 0", lambda value: value >= 0)
 _FRACTION = _Check("a number in [0, 1)", lambda value: 0 <= value < 1)
+_SEED = _Check("a number from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
+_THREADS = _Check("a number from 0 to 1024", lambda value: 0 <= value <= 1024)
 
 
 def _option(
@@ -70,9 +72,9 @@ class TrainConfig:
     )
     model: str = _option("mlp-1024-1024", "lenet-300-100 or mlp-WIDTH-WIDTH...", group="data")
     seed: int = _option(
-        0, "seed of the weights, the data order and the attacks", group="data", check=_NOT_NEGATIVE
+        0, "seed of the weights, the data order and the attacks", group="data", check=_SEED
     )
-    threads: int = _option(0, "CPU threads; 0 = torch's choice", group="data", check=_NOT_NEGATIVE)
+    threads: int = _option(0, "CPU threads; 0 = torch's choice", group="data", check=_THREADS)
 
     task: Literal["trades", "pgd", "plain"] = _option(
         "trades",
@@ -204,6 +206,17 @@ class TrainConfig:
         """
         _refuse_unknown(changes, "option")
         return dataclasses.replace(self, **changes)
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """Returns `"lr was 0.01 and is 0.002"` for every option that `saved` has otherwise.
+
+        Where the data lies decides no number, so that `data_dir` may differ.
+        """
+        return [
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in dataclasses.asdict(self).items()
+            if saved.get(name) != value and name != "data_dir"
+        ]
 
     def to_yaml(self) -> str:
         """Returns the configuration as YAML, every option on a line with its help."""

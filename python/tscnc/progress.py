@@ -27,10 +27,22 @@ def say(text: str) -> None:
 
 def epoch_line(record: Mapping[str, Any], total_epochs: int) -> str:
     """Returns one line for an epoch's record of metrics, whatever named numbers it holds."""
-    head = f"{record['phase']:>8} {record['epoch']}/{total_epochs}"
+    width = len(str(total_epochs))
+    head = f"{record['phase']:>8} {record['epoch']:>{width}}/{total_epochs}"
     numbers = [
-        f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}"
+        f"{name.replace('_', ' ')} {_short(name, value)}"
         for name, value in record.items()
         if name not in ("phase", "epoch") and isinstance(value, int | float)
     ]
     return "  ".join([head, *numbers])
+
+
+def _short(name: str, value: float) -> str:
+    """Returns a metric in few and always as many letters, so that the lines of epochs align."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if name.endswith(("accuracy", "sparsity")):
+        return f"{100 * value:4.1f} %"
+    if name == "seconds":
+        return f"{value:.2f}"
+    return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.0e}"

@@ -43,6 +43,11 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.report = self.path / "report.html"
 
+    @property
+    def complete(self) -> bool:
+        """Whether the run has written everything; the report comes last."""
+        return self.results.is_file() and self.report.is_file()
+
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> RunFolder:
         """Makes an empty folder and writes the configuration into it.
@@ -85,10 +90,11 @@ class RunFolder:
         try:
             results = json.loads(self.results.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise RunFolderError(
-                f"{self.path} has no {self.results.name}: it is no complete run; an interrupted "
-                f"one continues with `tscnc train --resume {self.path}`"
-            ) from error
+            if self.config.is_file():
+                advice = f"continue the run with `tscnc train --resume {self.path}`"
+            else:
+                advice = "expected the folder of a complete run or comparison"
+            raise RunFolderError(f"{self.path} has no {self.results.name}: {advice}") from error
         except (OSError, ValueError) as error:
             raise RunFolderError(f"cannot read {self.results}: {error}") from error
         return dict(results)
@@ -146,7 +152,8 @@ class RunFolder:
             version, _ = state["format"], state["metrics_bytes"]
         except Exception as error:
             raise RunFolderError(
-                f"{self.state} is damaged and cannot be resumed: {type(error).__name__}: {error}"
+                f"{self.state} ({self.state.stat().st_size:,} bytes) is damaged or truncated: "
+                f"torch cannot read it ({type(error).__name__})"
             ) from error
         if version != STATE_FORMAT:
             raise RunFolderError(

@@ -119,11 +119,7 @@ class Session:
             raise RunFolderError(f"{source} is damaged and cannot be resumed: {error!r}") from error
 
     def _refuse_changed(self, saved: dict[str, Any], source: Path) -> None:
-        changed = [
-            f"{name} was {saved.get(name)!r} and is {value!r}"
-            for name, value in dataclasses.asdict(self.config).items()
-            if saved.get(name) != value
-        ]
+        changed = self.config.differences(saved)
         if changed:
             raise RunFolderError(
                 f"{source} was saved with another configuration: {', '.join(changed)}"

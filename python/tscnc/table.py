@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_INFINITE = "inf"
+_INFINITE = "∞"
 _ABSENT = "-"
 
 
@@ -33,7 +33,7 @@ def results_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _measurements(run: Mapping[str, Any]) -> dict[str, str]:
     accuracy, sparsity = run["accuracy"], run["sparsity"]
-    attack = f"PGD-{accuracy['pgd_steps']} accuracy ({run['threat']} {run['epsilon']:.3g})"
+    attack = f"PGD-{accuracy['pgd_steps']} accuracy, {run['threat']} {run['epsilon']:.3g}"
     cells = {
         "clean accuracy": f"{100 * accuracy['clean']:.1f} %",
         attack: f"{100 * accuracy['pgd']:.1f} %",
@@ -43,21 +43,27 @@ def _measurements(run: Mapping[str, Any]) -> dict[str, str]:
     for layer in run["layers"]:
         full = _condition(layer["kappa_full"])
         structural = _condition(layer["kappa_structural"])
-        cells[f"condition of {layer['name']}, full | structural"] = f"{full} | {structural}"
+        cells[f"κ of {layer['name']}, full | structural"] = f"{full} | {structural}"
     timing = run["seconds_per_step"]
     times = [1e3 * timing[name] for name in ("dense_masked", "ours")] if timing else None
-    cells["ms per step, dense masked | ours"] = (
+    cells["ms per training step, dense masked | ours"] = (
         f"{times[0]:.2f} | {times[1]:.2f}" if times else _ABSENT
     )
-    cells["speed-up of a step"] = f"{timing['ratio']:.1f} x" if timing else _ABSENT
+    cells["speed-up of a training step"] = (
+        f"{_three_digits(timing['ratio'])} x" if timing else _ABSENT
+    )
     size = run["checkpoint_bytes"]
     cells["checkpoint kB, dense | ours"] = f"{size['dense'] / 1e3:,.0f} | {size['ours'] / 1e3:,.0f}"
     return cells
 
 
 def _compression(factor: float | None) -> str:
-    return _INFINITE if factor is None else f"{factor:.4g} x"
+    return _INFINITE if factor is None else f"{_three_digits(factor)} x"
 
 
 def _condition(kappa: float | None) -> str:
-    return _INFINITE if kappa is None else f"{kappa:.3g}"
+    return _INFINITE if kappa is None else _three_digits(kappa)
+
+
+def _three_digits(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,g}"

@@ -44,7 +44,8 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False) -> Path:
         config: everything that decides the run's numbers.
         run_dir: the run's folder; empty or absent, or with `resume` that of an interrupted run of
             the same configuration.
-        resume: continue after the last whole epoch instead of starting.
+        resume: continue after the last whole epoch instead of starting; a complete run is left
+            as it is.
 
     Returns:
         `run_dir`.
@@ -57,6 +58,9 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False) -> Path:
             last whole epoch.
     """
     require("safetensors.torch")
+    if resume and RunFolder(run_dir).complete:
+        progress.say(f"{run_dir} is complete already")
+        return Path(run_dir)
     with cpu_threads(config.threads):
         session = Session(config, load_dataset(config))
         folder = RunFolder.reopen(run_dir) if resume else RunFolder.create(run_dir, config)

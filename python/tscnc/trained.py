@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tscnc import evaluate, models, spectrum
 from tscnc.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
-from tscnc.compare import VARIANTS, is_comparison
+from tscnc.compare import VARIANTS, is_comparison, title
 from tscnc.config import TrainConfig
 from tscnc.files import write_json
 from tscnc.run_folder import RunFolder, RunFolderError
@@ -61,15 +61,26 @@ def runs_in(path: Path) -> list[Path]:
 
 
 def evaluate_again(run: Path) -> None:
-    """Measures the checkpoint of a complete run once more and replaces the run's results."""
-    trained, folder = load_trained(run), RunFolder(run)
+    """Measures the checkpoint of a complete run once more and replaces the run's results.
+
+    Raises:
+        RunFolderError: there is no checkpoint, or it is of a run with another configuration.
+        CheckpointError: the checkpoint is damaged or of an unknown model.
+    """
+    trained, folder = load_trained(run), RunFolder.reopen(run)
+    config = folder.read_config()
+    changed = config.differences(dataclasses.asdict(trained.config))
+    if changed:
+        raise RunFolderError(
+            f"{folder.checkpoint} is of another run than {folder.config}: {', '.join(changed)}"
+        )
     state = folder.read_state()
-    with cpu_threads(trained.config.threads):
+    with cpu_threads(config.threads):
         results = evaluate.evaluate_run(
             trained.model,
             trained.masks,
-            load_dataset(trained.config),
-            trained.config,
+            load_dataset(config),
+            config,
             spectra_before=state["spectra_before"] if state else {},
         )
     write_json(folder.results, results)
@@ -80,6 +91,6 @@ def spectrum_table(path: Path) -> str:
     parts = []
     for run in runs_in(path):
         trained = load_trained(run)
-        heading = f"{run.name}: {trained.config.label}\n" if is_comparison(path) else ""
+        heading = f"{title(run.name, trained.config.label)}\n" if is_comparison(path) else ""
         parts.append(heading + spectrum.table(trained.model, trained.masks))
     return "\n\n".join(parts)

@@ -3,6 +3,7 @@
 import json
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +212,11 @@ def test_spectrum_of_a_comparison_shows_every_run(
 ) -> None:
     assert main(["spectrum", str(comparison)]) == 0
     text = capsys.readouterr().out
-    assert [text.count(f"{name}:") for name in VARIANTS] == [1, 1, 1]
+    assert [paragraph.splitlines()[0] for paragraph in text.split("\n\n")] == [
+        "dense",
+        "pruned: 80 % pruned",
+        "tscnc: 80 % pruned, TSC + CNC",
+    ]
     assert text.count("3.weight") == 3
 
 
@@ -226,6 +231,68 @@ def test_incomplete_runs_and_damaged_files_are_one_line_errors(
     assert "not a complete tscnc checkpoint" in error(capsys, "spectrum", "cut")
     Path("empty/results.json").write_text("{")
     assert "cannot read" in error(capsys, "report", "empty")
+
+
+def test_numbers_no_generator_or_thread_pool_takes_are_wrong_usage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "2^32 - 1, got" in usage_error(capsys, "train", "--seed", str(10**23))
+    assert "1024, got" in usage_error(capsys, "train", "--threads", str(10**11))
+
+
+def test_debug_before_the_command_is_told_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--debug goes after the command" in usage_error(capsys, "--debug", "train")
+
+
+def test_a_comparison_that_cannot_start_leaves_no_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "mnist needs" in error(capsys, "demo", "--dataset", "mnist")
+    assert "unknown model" in error(capsys, "demo", "--model", "resnet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_run_is_not_evaluated(
+    run: Path, comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, "mixed")
+    shutil.copy(comparison / "dense" / "checkpoint.safetensors", "mixed")
+    before = Path("mixed/results.json").read_bytes()
+    assert main(["evaluate", "mixed"]) == 1
+    assert "sparsity was 0.0 and is 0.8" in capsys.readouterr().err
+    assert Path("mixed/results.json").read_bytes() == before
+
+
+def test_a_complete_run_is_not_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "results.json").read_bytes()
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "complete already" in capsys.readouterr().err
+    assert (run / "results.json").read_bytes() == before
+
+
+def test_a_comparison_with_a_lost_run_is_still_a_comparison(
+    comparison: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(comparison, "damaged")
+    shutil.rmtree("damaged/dense")
+    assert "tscnc train --resume damaged`" in error(capsys, "report", "damaged")
+    assert main(["train", "--resume", "damaged"]) == 0
+    assert metrics(Path("damaged/dense")) == metrics(comparison / "dense")
+    assert not Path("damaged/metrics.jsonl").exists()
+
+
+def test_the_data_directory_is_kept_as_an_absolute_path() -> None:
+    assert main(["train", *flags(SHORT, out="run", data_dir="data")]) == 0
+    saved = TrainConfig.from_file(Path("run/config.yaml"))
+    assert saved.data_dir == str(Path("data").resolve())
+
+
+def test_a_damaged_state_is_one_short_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, "damaged")
+    Path("damaged/report.html").unlink()
+    Path("damaged/state.pt").write_bytes(bytes(range(256)) * 20)
+    message = error(capsys, "train", "--resume", "damaged")
+    assert "state.pt (5,120 bytes) is damaged or truncated" in message and len(message) < 200
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -321,3 +321,14 @@ def test_ticks_of_logarithmic_axes() -> None:
 def test_rounding_noise_counts_as_zero() -> None:
     assert svg.without_rounding([2.0, 1e-3, 3e-16]) == [2.0, 1e-3, 0.0]
     assert svg.without_rounding([0.0, 0.0]) == [0.0, 0.0]
+
+
+def test_an_accuracy_within_its_standard_error_is_neither_better_nor_worse() -> None:
+    near, far = (
+        tables.Row("", "", "", [0.9, 0.95, new], tables.percent, tables.points, noise=0.01)
+        for new in (0.956, 0.97)
+    )
+    assert tables.verdict(near) == ("same", "+0.6 points")
+    assert tables.verdict(far) == ("better", "+2.0 points")
+    run = {"accuracy": {"clean": 0.9, "examples": 400}}
+    assert tables.standard_error(run, "clean") == pytest.approx(0.015)

@@ -89,7 +89,7 @@ def test_the_commit_is_read_from_gits_files(tmp_path: Path) -> None:
 def test_an_epoch_line_logs_whatever_names_it_gets() -> None:
     record = {"phase": "finetune", "epoch": 3, "loss": 0.123456, "kept": 123456}
     line = progress.epoch_line(record, 5)
-    assert line.split() == ["finetune", "3/5", "loss", "0.1235", "kept", "123456"]
+    assert line.split() == ["finetune", "3/5", "loss", "0.123", "kept", "123,456"]
 
 
 def test_tracking_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,18 +119,24 @@ RUN = {
 }
 
 
+def test_epoch_lines_show_shares_in_percent_and_align() -> None:
+    first = {"phase": "pretrain", "epoch": 9, "tsc": 9.4e-5, "clean_accuracy": 0.05, "seconds": 1.0}
+    later = {"phase": "pretrain", "epoch": 10, "tsc": 2e-5, "clean_accuracy": 0.5, "seconds": 2.3}
+    lines = [progress.epoch_line(record, 12) for record in (first, later)]
+    assert lines[0] == "pretrain  9/12  tsc 9e-05  clean accuracy  5.0 %  seconds 1.00"
+    assert lines[1] == "pretrain 10/12  tsc 2e-05  clean accuracy 50.0 %  seconds 2.30"
+
+
 def test_the_table_shows_each_measurement_of_each_run() -> None:
     dense = {**RUN, "label": "dense", "seconds_per_step": None}
     lines = results_table({"dense": dense, "pruned": RUN}).splitlines()
     cells = {line.split("  ")[0]: line.split()[-5:] for line in lines}
     assert lines[0].split() == ["dense", "99", "%", "pruned"]
     assert cells["clean accuracy"][-2:] == ["98.8", "%"]
-    assert cells["PGD-20 accuracy (Linf 0.0314)"][-2:] == ["50.0", "%"]
+    assert cells["PGD-20 accuracy, Linf 0.0314"][-2:] == ["50.0", "%"]
     assert cells["compression, direct"][-2:] == ["100", "x"]
-    assert cells["compression, effective"][-1] == "inf"
-    assert cells["condition of 1.weight, full | structural"][-3:] == ["inf", "|", "1.23e+04"]
-    assert (
-        cells["ms per step, dense masked | ours"] == ["|", "ours", "-", "20.00", "|", "2.50"][-5:]
-    )
+    assert cells["compression, effective"][-1] == "∞"
+    assert cells["κ of 1.weight, full | structural"][-3:] == ["∞", "|", "12,300"]
+    assert cells["ms per training step, dense masked | ours"] == ["ours", "-", "20.00", "|", "2.50"]
     assert cells["checkpoint kB, dense | ours"][-3:] == ["4,600", "|", "61"]
     assert len({len(line) for line in lines}) == 1

@@ -148,17 +148,18 @@ def _footnote(results: Results) -> str:
     count, share = results["accuracy"]["examples"], results["accuracy"]["clean"]
     parts = []
     if count and share is not None:
-        error = math.sqrt(max(share * (1 - share), 1 / (4 * count)) / count)
+        error = tables.standard_error(results, "clean")
         parts.append(
             f"{count:,} test images: one image is {100 / count:.2g} points, the standard error of "
-            f"the clean accuracy {100 * error:.1f} points."
+            f"the clean accuracy {100 * error:.1f} points; accuracies that differ by less than "
+            "theirs count as the same."
         )
     timing = results["seconds_per_step"]
     if timing:
         dropped = f", {timing['dropped']} disturbed pairs left out" if timing["dropped"] else ""
         parts.append(
             f"Training step: median of {timing['pairs']} alternating pairs on {timing['threads']} "
-            f"thread{dropped}; loss, backward and optimizer, without the penalties."
+            f"thread{dropped}; attack, loss, backward and optimizer, without the penalties."
         )
     parts.append("Structural κ leaves out rows and columns without a kept weight; full κ does not.")
     return " ".join(parts)

@@ -30,6 +30,7 @@ class Row:
         change: tells how the third value differs from the second; None for measurements that are
             neither better nor worse when they change.
         larger_is_better: direction of `change`.
+        noise: a change up to this is no change.
     """
 
     group: str
@@ -39,6 +40,7 @@ class Row:
     show: Callable[[float], str]
     change: Callable[[float, float], str] | None = None
     larger_is_better: bool = True
+    noise: float = 0.0
 
 
 def percent(share: float) -> str:
@@ -102,7 +104,8 @@ def rows(runs: Sequence[Results]) -> list[Row]:
     for kind, name in (("clean", "clean"), ("pgd", attack)):
         shares = [r["accuracy"][kind] for r in runs]
         phrase = f"{'PGD' if kind == 'pgd' else kind} accuracy"
-        table.append(Row("Accuracy", name, phrase, shares, percent, points))
+        noise = max(standard_error(r, kind) for r in runs)
+        table.append(Row("Accuracy", name, phrase, shares, percent, points, noise=noise))
     for kind in ("direct", "effective"):
         factors = [infinite(r["sparsity"][f"{kind}_compression"]) for r in runs]
         table.append(Row("Compression", kind, f"{kind} compression", factors, factor))
@@ -121,6 +124,14 @@ def rows(runs: Sequence[Results]) -> list[Row]:
     return [row for row in table if any(value is not None for value in row.values)]
 
 
+def standard_error(results: Results, kind: str) -> float:
+    """Returns the standard error of a run's accuracy, 0 where it is not known."""
+    count, share = results["accuracy"]["examples"], results["accuracy"][kind]
+    if not count or share is None:
+        return 0.0
+    return math.sqrt(max(share * (1 - share), 1 / (4 * count)) / count)
+
+
 def verdict(row: Row) -> tuple[str, str]:
     """Returns how the third run differs from the second: a word for CSS and the text."""
     old, new = row.values[1], row.values[2]
@@ -128,6 +139,8 @@ def verdict(row: Row) -> tuple[str, str]:
         return "", ""
     if row.show(old) == row.show(new):
         return "same", "same"
+    if abs(new - old) <= row.noise:
+        return "same", row.change(new, old)
     better = (new > old) == row.larger_is_better
     return ("better" if better else "worse"), row.change(new, old)
 
