@@ -41,6 +41,11 @@ def load() -> Any:
             f"the compiled library tscnc_kernels._C could not be loaded with torch "
             f"{torch.__version__}: {error}. {_advice()}"
         ) from error
+    if Path(_C.__file__).resolve().parent != PACKAGE:
+        raise ImportError(
+            f"{PACKAGE} holds no compiled library; the one found is another installation's, "
+            f"{_C.__file__}. {_advice()}"
+        )
     if SOURCES.is_dir():
         built, found = _C.build_info()["source_digest"], _source_digest()
         if built != found:
