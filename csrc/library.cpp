@@ -61,22 +61,6 @@ void set_isa(const std::string& name) {
   g_isa.store(static_cast<int>(name.empty() ? best_isa() : parse_isa(name)));
 }
 
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["version"] = TSCNC_VERSION;
-  info["source_digest"] = TSCNC_SOURCE_DIGEST;
-  info["cpu_isas"] = words(TSCNC_CPU_ISAS);
-  const std::vector<std::string> archs = words(TSCNC_CUDA_ARCHS);
-  info["cuda_archs"] = archs.empty() ? pybind11::object(pybind11::none()) : pybind11::cast(archs);
-#if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
-#else
-  info["compiler"] = "gcc " __VERSION__;
-#endif
-  info["torch_stable_abi"] = "2.11";
-  return info;
-}
-
 std::vector<std::string> cpu_features() {
   std::vector<std::string> found;
 #if defined(__x86_64__)
@@ -96,6 +80,23 @@ std::vector<std::string> cpu_features() {
   return found;
 }
 
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["version"] = TSCNC_VERSION;
+  info["source_digest"] = TSCNC_SOURCE_DIGEST;
+  info["cpu_isas"] = words(TSCNC_CPU_ISAS);
+  const std::vector<std::string> archs = words(TSCNC_CUDA_ARCHS);
+  info["cuda_archs"] = archs.empty() ? pybind11::object(pybind11::none()) : pybind11::cast(archs);
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch_stable_abi"] = "2.11";
+  info["cpu_features"] = cpu_features();
+  return info;
+}
+
 }  // namespace
 
 Isa active_isa() { return static_cast<Isa>(g_isa.load(std::memory_order_relaxed)); }
@@ -105,9 +106,8 @@ Isa active_isa() { return static_cast<Isa>(g_isa.load(std::memory_order_relaxed)
 PYBIND11_MODULE(_C, module) {
   const char* forced = std::getenv("TSCNC_ISA");
   tscnc::set_isa(forced ? forced : "");
-  module.def("build_info", &tscnc::build_info, "What this binary was built from and for.");
-  module.def("cpu_features", &tscnc::cpu_features,
-             "Instruction sets of this CPU that kernels use.");
+  module.def("build_info", &tscnc::build_info,
+             "What this binary was built from and for, and what this CPU offers it.");
   module.def("set_isa", &tscnc::set_isa, pybind11::arg("name"),
              "Run the CPU kernels of this instruction set; an empty name means the best one.");
   module.def(

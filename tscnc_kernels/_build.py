@@ -67,9 +67,4 @@ def build_info() -> dict[str, Any]:
         (None in a CPU-only build), `compiler`, `torch_stable_abi`, and as found now:
         `cpu_features`, `active_isa`, `torch`.
     """
-    found = {
-        "cpu_features": C.cpu_features(),
-        "active_isa": C.active_isa(),
-        "torch": torch.__version__,
-    }
-    return {**C.build_info(), **found}
+    return {**C.build_info(), "active_isa": C.active_isa(), "torch": torch.__version__}
