@@ -62,17 +62,17 @@ def raw_calls():
     ops = torch.ops.tscnc_kernels
     index = kept.row_pointers, kept.columns
     return [
-        (ops.masked_linear.default, (input, weight, bias, *index, 1, False)),
-        (ops.masked_linear.default, (input, kept.gather(weight), None, *index, 2, True)),
+        (ops.masked_linear.default, (input, weight, bias, *index, 1, 0, False)),
+        (ops.masked_linear.default, (input, kept.gather(weight), None, *index, 2, 0, True)),
         (
             ops.masked_linear_backward.default,
-            (grad_output, none, input, weight, *kept.tensors[1:], 0, True, True, True),
+            (grad_output, none, input, weight, *kept.tensors[1:], 0, 0, 0, True, True, True),
         ),
         (
             ops.masked_linear_backward.default,
             (
                 *(grad_output, grad_output, input, kept.gather(weight), *kept.tensors[1:]),
-                *(2, True, True, False),
+                *(2, 0, 0, True, True, False),
             ),
         ),
     ]
@@ -272,15 +272,6 @@ def test_nan_inputs_are_passed_on(isa):
     input = torch.tensor([[float("nan"), 1.0]])
     output = masked_linear(input, torch.ones(2, 2), kept, activation="relu", algorithm="panel")
     assert output[0, 0].isnan() and output[0, 1] == 1
-
-
-def test_rule_is_sparse_below_the_stated_density():
-    below, above = pattern(100, 100), pattern(20, 20, "full")
-    assert below.density < op.PANEL_DENSITY < above.density
-    assert op.choose_algorithm(below, "native") == "panel"
-    assert op.choose_algorithm(above, "native") == "dense"
-    assert op.choose_algorithm(below, "reference") == "dense"
-    assert op.choose_algorithm(above, "native", "panel") == "panel"
 
 
 @pytest.mark.parametrize("bias", [True, False])

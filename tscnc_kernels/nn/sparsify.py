@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tscnc_kernels import _backend
+from tscnc_kernels._masked_algorithms import PANEL_DENSITY, choose
 from tscnc_kernels.nn._names import check_module, resolve
 from tscnc_kernels.nn.masked_linear import MODES, MaskedLinear
-from tscnc_kernels.ops.masked_linear import PANEL_DENSITY, choose_algorithm
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Values mode is the faster one for layers that are at least half empty.
@@ -198,7 +198,7 @@ def explain(module: nn.Module) -> str:
             continue
         pattern = layer.pattern
         backend = _backend.select("masked_linear", pattern.device)
-        algorithm = choose_algorithm(pattern, backend)
+        algorithm = choose("masked_linear", pattern, backend, 1).forward
         side = "at most" if pattern.density <= PANEL_DENSITY else "above"
         reason = f"density {side} {PANEL_DENSITY:.0%}"
         if backend != "native":

@@ -30,6 +30,7 @@ from torch import Tensor
 from tscnc_kernels import _backend
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._checks import check_floating
+from tscnc_kernels._masked_algorithms import ALGORITHMS, DENSE, SPARSE, Algorithms, choose
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -39,11 +40,6 @@ BACKENDS = ("native", "reference")
 _backend.register("masked_linear", BACKENDS)
 
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
-ALGORITHMS = ("panel", "dense")
-# Above this density torch's GEMM is expected to win over a training step: without cache blocking
-# the panel kernel reaches about a third of the GEMM's rate (rows of
-# benchmarks/results/*/masked_linear.csv).
-PANEL_DENSITY = 0.35
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -214,7 +210,7 @@ class _Options(NamedTuple):
     activation: str
     dense_grad: bool
     assume_masked: bool
-    algorithm: str
+    algorithms: Algorithms
 
 
 def _forward(
@@ -227,10 +223,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
     save = save and options.activation == "gelu"
-    if options.algorithm == "panel":
+    if options.algorithms.forward != DENSE:
         index = pattern.row_pointers, pattern.columns
+        codes = ACTIVATIONS[options.activation], SPARSE[options.algorithms.forward]
         return _native.masked_linear(  # type: ignore[no-any-return]
-            input, weight, bias, *index, ACTIVATIONS[options.activation], save
+            input, weight, bias, *index, *codes, save
         )
     held = options.assume_masked and weight.ndim == 2
     z = F.linear(input, weight if held else _masked_weight(weight, pattern), bias)
@@ -247,20 +244,29 @@ def _backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """First derivatives; `saved` is Y for relu and Z for gelu."""
-    activation, dense_grad = options.activation, options.dense_grad
-    if options.algorithm != "panel":
-        return reference_backward(
-            grad_output, saved, input, weight, pattern, activation, dense_grad, needs
+    activation, dense_grad, algorithms = options.activation, options.dense_grad, options.algorithms
+    sparse_input = needs[0] and algorithms.grad_input != DENSE
+    sparse_weight = needs[1] and not dense_grad and algorithms.grad_weight != DENSE
+    sparse = sparse_input, sparse_weight, needs[2] and (sparse_input or sparse_weight)
+    found: list[Tensor | None] = [None, None, None]
+    if any(sparse):
+        codes = (
+            ACTIVATIONS[activation],
+            SPARSE.get(algorithms.grad_input, 0),
+            SPARSE.get(algorithms.grad_weight, 0),
         )
-    index, code = pattern.tensors[1:], ACTIVATIONS[activation]
-    wanted = needs[0], needs[1] and not dense_grad, needs[2]
-    found = _native.masked_linear_backward(grad_output, saved, input, weight, *index, code, *wanted)
-    grad_input, grad_weight, grad_bias = (
-        g if n else None for g, n in zip(found, needs, strict=True)
-    )
-    if needs[1] and dense_grad:
-        grad_weight = _activation_gradient(grad_output, saved, activation).t() @ input
-    return grad_input, grad_weight, grad_bias
+        index = pattern.tensors[1:]
+        gradients = _native.masked_linear_backward(
+            grad_output, saved, input, weight, *index, *codes, *sparse
+        )
+        found = [g if wanted else None for g, wanted in zip(gradients, sparse, strict=True)]
+    dense = [need and not done for need, done in zip(needs, sparse, strict=True)]
+    if any(dense):
+        gradients = reference_backward(
+            grad_output, saved, input, weight, pattern, activation, dense_grad, dense
+        )
+        found = [f if g is None else g for f, g in zip(found, gradients, strict=True)]
+    return found[0], found[1], found[2]
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -301,25 +307,6 @@ MaskedLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[
 )
 
 
-def choose_algorithm(pattern: SparsityPattern, backend: str, algorithm: str | None = None) -> str:
-    """The algorithm that `masked_linear` runs: the one asked for, else by a closed-form rule.
-
-    The rule is "panel" where the native backend runs and the density is at most `PANEL_DENSITY`,
-    else "dense".
-
-    Raises:
-        RuntimeError: "panel" was asked for on a backend without it.
-    """
-    if algorithm == "panel" and backend != "native":
-        raise RuntimeError(
-            f"masked_linear: algorithm 'panel' needs the native backend, got {backend!r} "
-            f"on {pattern.device}"
-        )
-    if algorithm is not None:
-        return algorithm
-    return "panel" if backend == "native" and pattern.density <= PANEL_DENSITY else "dense"
-
-
 def masked_linear(
     input: Tensor,
     weight: Tensor,
@@ -348,7 +335,7 @@ def masked_linear(
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
         algorithm: "panel" (native, on the kept entries), "dense" (torch's GEMM on W ∘ M); None
-            chooses by density, see `choose_algorithm`.
+            chooses by density.
 
     Returns:
         (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
@@ -375,9 +362,9 @@ def masked_linear(
         bias = None if bias is None else cast(bias, dtype)
     _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
     chosen = _backend.select("masked_linear", input.device, backend)
-    algorithm = choose_algorithm(pattern, chosen, algorithm)
-    options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithm)
     flat = input if input.ndim == 2 else input.reshape(-1, pattern.shape[1])
+    algorithms = choose("masked_linear", pattern, chosen, flat.shape[0], algorithm)
+    options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithms)
     bias = None if bias is None else bias.contiguous()
     tensors = [flat, weight] if bias is None else [flat, weight, bias]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
