@@ -30,30 +30,46 @@ inline void with_group_width(int64_t count, const Function& function) {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Whether the columns of the rows [begin, end) lie inside the structure, and those of one vector
-// behind them, which a row's last vector may read. Reading the columns here costs little: they
-// come from memory once and are used from the first-level cache.
-inline bool columns_inside(const SparseRows& structure, int64_t begin, int64_t end) {
-  const int64_t entries = structure.pointers[structure.rows];
-  const int64_t last = smaller(structure.pointers[end] + kVectorBytes / 4, entries);
-  const auto limit = static_cast<uint32_t>(structure.width - 1);
-  uint32_t outside = 0;
-  for (int64_t j = structure.pointers[begin]; j < last; ++j) {
-    const auto column = static_cast<uint32_t>(structure.columns[j]);
-    outside |= column | (limit - column);
-  }
-  return outside <= INT32_MAX;
+// Entries that are fetched ahead: the hardware alone does not keep up with two streams from memory.
+constexpr int64_t kAhead = 512;
+
+template <class C>
+inline void fetch_ahead(const C* values, const int32_t* columns) {
+  __builtin_prefetch(values + kAhead);
+  __builtin_prefetch(columns + kAhead);
+}
+
+// A vector of a panel or of a sample has this many entries, a power of two, so that a mask keeps
+// every column inside, whatever the index holds. Looking at the index before using it would read it
+// twice, which costs a third of the time of a product with one sample.
+inline int64_t padded_width(int64_t width) {
+  int64_t padded = 1;
+  while (padded < width) padded *= 2;
+  return padded;
+}
+
+// Columns of a matrix whose padded width is mask + 1.
+struct Columns {
+  const int32_t* data;
+  uint32_t mask;
+
+  int64_t operator[](int64_t j) const { return static_cast<uint32_t>(data[j]) & mask; }
+  Columns operator+(int64_t offset) const { return {data + offset, mask}; }
+};
+
+inline Columns columns_of(const SparseRows& structure) {
+  return {structure.columns, static_cast<uint32_t>(padded_width(structure.width) - 1)};
 }
 
 // Loads of single elements beat the gather instruction on CPUs that split it into many more
 // operations than it has lanes.
 template <class C, int... kLane>
-inline Vec<C> gather(const C* source, const int32_t* places, std::integer_sequence<int, kLane...>) {
-  return Vec<C>{source[static_cast<uint32_t>(places[kLane])]...};
+inline Vec<C> gather(const C* source, Columns places, std::integer_sequence<int, kLane...>) {
+  return Vec<C>{source[places[kLane]]...};
 }
 
 template <class C>
-inline Vec<C> gather(const C* source, const int32_t* places) {
+inline Vec<C> gather(const C* source, Columns places) {
   return gather<C>(source, places, std::make_integer_sequence<int, kLanes<C>>());
 }
 
@@ -71,15 +87,16 @@ inline Vec<C> first_lanes(Vec<C> value, int64_t count) {
 
 // A vector whose lanes sum up to the product of row `row` with x.
 template <class C>
-inline Vec<C> row_sums(const SparseRows& structure, const C* values, int64_t row, const C* x) {
+inline Vec<C> row_sums(const SparseRows& structure, Columns columns, const C* values, int64_t row,
+                       const C* x) {
   constexpr int kW = kLanes<C>;
-  const int32_t* columns = structure.columns;
   const int64_t entries = structure.pointers[structure.rows], end = structure.pointers[row + 1];
   int64_t j = structure.pointers[row];
   Vec<C> even = {}, odd = {};
   for (; j + 2 * kW <= end; j += 2 * kW) {
+    fetch_ahead(values + j, columns.data + j);
     even += load(values + j) * gather(x, columns + j);
-    odd += load(values + j + kW) * gather(x, columns + j + kW);
+    odd += load(values + j + kW) * gather(x, columns + (j + kW));
   }
   if (j + kW <= end) {
     even += load(values + j) * gather(x, columns + j);
@@ -94,19 +111,38 @@ inline Vec<C> row_sums(const SparseRows& structure, const C* values, int64_t row
   return even + odd + load(last);
 }
 
-// The features of one sample, contiguous and in the arithmetic type.
+// sum[v] = sum over j of values[j] * panel[columns[j]].
+template <class C, int kVecs>
+inline void row_panel_product(Columns columns, const C* values, int64_t count, const C* panel,
+                              Vec<C>* sum) {
+  constexpr int kW = kLanes<C>, kUnroll = 4;
+  Vec<C> part[kUnroll][kVecs] = {};
+  const auto add = [&](Vec<C>* sums, int64_t j) {
+    const Vec<C> value = broadcast(values[j]);
+    const C* row = panel + columns[j] * (kVecs * kW);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sums[v] += value * load(row + v * kW);
+  };
+  int64_t j = 0;
+  for (; j + kUnroll <= count; j += kUnroll) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) add(part[u], j + u);
+  }
+  for (; j < count; ++j) add(part[0], j);
+  for (int v = 0; v < kVecs; ++v) {
+    sum[v] = (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
+  }
+}
+
+// The features [begin, end) of one sample in the arithmetic type, at target[begin .. end).
 template <class T>
-inline const Compute<T>* contiguous_features(const Samples<T>& source, int64_t sample,
-                                             int64_t begin, int64_t end, Compute<T>* scratch) {
-  if constexpr (std::is_same_v<T, Compute<T>>) {
-    if (source.saved == nullptr && source.feature_stride == 1) {
-      return source.data + sample * source.sample_stride + begin;
-    }
+inline void copy_features(const Samples<T>& source, int64_t sample, int64_t begin, int64_t end,
+                          Compute<T>* target) {
+  int64_t k = begin;
+  for (; k + kLanes<T> <= end; k += kLanes<T>) {
+    store(target + k, load_features(source, sample, k, kLanes<T>));
   }
-  for (int64_t k = begin; k < end; k += kLanes<T>) {
-    store(scratch + k - begin, load_features(source, sample, k, smaller(kLanes<T>, end - k)));
-  }
-  return scratch;
+  if (k < end) store_partial(target + k, load_features(source, sample, k, end - k), end - k);
 }
 
 // Entries [row, row + count) of one sample's result.
@@ -117,7 +153,9 @@ inline void finish(const MaskedProduct<T>& call, Vec<Compute<T>> sum, int64_t sa
     T* target = matrix + sample * call.structure.rows + row;
     count == kLanes<T> ? store(target, value) : store_partial(target, value, count);
   };
-  if (call.bias != nullptr) sum += load_partial(call.bias + row, count);
+  if (call.bias != nullptr) {
+    sum += count == kLanes<T> ? load(call.bias + row) : load_partial(call.bias + row, count);
+  }
   if (call.preactivation != nullptr) put(call.preactivation, sum);
   put(call.output, activate<Compute<T>>(sum, call.activation));
 }
@@ -128,11 +166,12 @@ void product_tile(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64
   using C = Compute<T>;
   constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
   const int32_t* pointers = call.structure.pointers;
+  const Columns columns = columns_of(call.structure);
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t begin = pointers[row + r];
     Vec<C> sum[kVecs];
-    row_product<C, kVecs>(call.values + begin, call.structure.columns + begin,
-                          pointers[row + r + 1] - begin, panel, sum);
+    row_panel_product<C, kVecs>(columns + begin, call.values + begin, pointers[row + r + 1] - begin,
+                                panel, sum);
     for (int v = 0; v < kVecs; ++v) store(tile + r * kWidth + v * kW, sum[v]);
   }
   for (int64_t lane = 0; lane < count; lane += kW) {
@@ -146,75 +185,81 @@ void product_tile(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64
   }
 }
 
-// values_gradient of the rows' entries for one sample; `first` tells that there is nothing to add
-// to.
+// result[j] = gradient * x[columns[j]].
 template <class C>
-inline void row_outer(const int32_t* columns, int64_t count, C gradient, const C* x, bool first,
-                      C* result) {
+inline void row_outer(Columns columns, int64_t count, C gradient, const C* x, C* result) {
   constexpr int kW = kLanes<C>;
   int64_t j = 0;
+  for (; j + kW <= count; j += kW) store(result + j, gradient * gather(x, columns + j));
+  for (; j < count; ++j) result[j] = gradient * x[columns[j]];
+}
+
+// result[j] = <gradient, panel[columns[j]]> over the lanes, added to what is there if `add`.
+template <class C, int kVecs>
+inline void row_panel_outer(Columns columns, int64_t count, const C* gradient, const C* panel,
+                            bool add, C* result) {
+  constexpr int kW = kLanes<C>;
+  Vec<C> held[kVecs];
+  for (int v = 0; v < kVecs; ++v) held[v] = load(gradient + v * kW);
+  const auto product = [&](int64_t j) {
+    const C* row = panel + columns[j] * (kVecs * kW);
+    Vec<C> sum = held[0] * load(row);
+    for (int v = 1; v < kVecs; ++v) sum += held[v] * load(row + v * kW);
+    return sum;
+  };
+  int64_t j = 0;
   for (; j + kW <= count; j += kW) {
-    const Vec<C> value = gradient * gather(x, columns + j);
-    store(result + j, first ? value : load(result + j) + value);
+    Vec<C> part[kW];
+#pragma GCC unroll 16
+    for (int i = 0; i < kW; ++i) part[i] = product(j + i);
+    const Vec<C> sum = sum_each<C>(part);
+    store(result + j, add ? load(result + j) + sum : sum);
   }
-  for (; j < count; ++j) {
-    const C value = gradient * x[columns[j]];
-    result[j] = first ? value : result[j] + value;
-  }
+  if (j == count) return;
+  Vec<C> part[kW] = {};
+  for (int i = 0; i < count - j; ++i) part[i] = product(j + i);
+  Vec<C> sum = sum_each<C>(part);
+  if (add) sum += load_partial(result + j, count - j);
+  store_partial(result + j, sum, count - j);
 }
 
 template <class T>
-bool weight_gradient_of_one(const MaskedWeightGradient<T>& call, int64_t sample, int64_t begin,
-                            int64_t end, Compute<T>* scratch) {
-  using C = Compute<T>;
-  const int32_t* pointers = call.structure.pointers;
-  const int64_t padded = (call.structure.width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const C* gradient = contiguous_features(call.gradient, sample, begin, end, scratch + padded);
-  const C* x = nullptr;
-  if (call.values_gradient != nullptr) {
-    x = contiguous_features(call.input, sample, 0, call.structure.width, scratch);
+void weight_gradient_of_one(const MaskedWeightGradient<T>& call, int64_t begin, int64_t end,
+                            Compute<T>* scratch) {
+  const SparseRows& structure = call.structure;
+  const Columns columns = columns_of(structure);
+  Compute<T>* gradient = scratch + padded_width(structure.width);
+  copy_features(call.gradient, 0, begin, end, gradient);
+  if (call.values_gradient != nullptr) copy_features(call.input, 0, 0, structure.width, scratch);
+  for (int64_t row = begin; row < end; ++row) {
+    if (call.bias_gradient != nullptr) call.bias_gradient[row] += gradient[row];
+    if (call.values_gradient == nullptr) continue;
+    const int32_t start = structure.pointers[row];
+    row_outer<Compute<T>>(columns + start, structure.pointers[row + 1] - start, gradient[row],
+                          scratch, call.values_gradient + start);
   }
-  for (int64_t first = begin; first < end; first += kTileRows) {
-    const int64_t last = smaller(end, first + kTileRows);
-    if (x != nullptr && sample == 0 && !columns_inside(call.structure, first, last)) return false;
-    for (int64_t row = first; row < last; ++row) {
-      const C held = gradient[row - begin];
-      if (call.bias_gradient != nullptr) call.bias_gradient[row] += held;
-      if (x == nullptr) continue;
-      const int32_t start = pointers[row];
-      row_outer<C>(call.structure.columns + start, pointers[row + 1] - start, held, x, sample == 0,
-                   call.values_gradient + start);
-    }
-  }
-  return true;
 }
 
 template <class T, int kVecs>
-bool weight_gradient_of_group(const MaskedWeightGradient<T>& call, int64_t sample, int64_t count,
+void weight_gradient_of_group(const MaskedWeightGradient<T>& call, int64_t sample, int64_t count,
                               int64_t begin, int64_t end, Compute<T>* scratch) {
   using C = Compute<T>;
   constexpr int kWidth = kVecs * kLanes<T>;
-  const int32_t* pointers = call.structure.pointers;
-  Compute<T>* panel = scratch + kTileRows * kWidth;
+  const SparseRows& structure = call.structure;
+  const Columns columns = columns_of(structure);
+  C* panel = scratch + kTileRows * kWidth;
   if (call.values_gradient != nullptr) {
-    pack<T, kVecs>(call.input, sample, count, 0, call.structure.width, panel);
+    pack<T, kVecs>(call.input, sample, count, 0, structure.width, panel);
   }
   for (int64_t first = begin; first < end; first += kTileRows) {
     const int64_t last = smaller(end, first + kTileRows);
     pack<T, kVecs>(call.gradient, sample, count, first, last, scratch);
-    if (call.values_gradient != nullptr) {
-      if (sample == 0 && !columns_inside(call.structure, first, last)) return false;
-      if (sample == 0) {
-        for (int64_t j = pointers[first]; j < pointers[last]; ++j) call.values_gradient[j] = 0;
-      }
-    }
     for (int64_t row = first; row < last; ++row) {
       const C* held = scratch + (row - first) * kWidth;
       if (call.values_gradient != nullptr) {
-        const int32_t start = pointers[row];
-        row_inner_products<C, kVecs>(held, call.structure.columns + start,
-                                     pointers[row + 1] - start, panel,
-                                     call.values_gradient + start);
+        const int32_t start = structure.pointers[row];
+        row_panel_outer<C, kVecs>(columns + start, structure.pointers[row + 1] - start, held, panel,
+                                  sample > 0, call.values_gradient + start);
       }
       if (call.bias_gradient == nullptr) continue;
       Vec<C> sum = load(held);
@@ -222,11 +267,10 @@ bool weight_gradient_of_group(const MaskedWeightGradient<T>& call, int64_t sampl
       call.bias_gradient[row] += sum_lanes<C>(sum);
     }
   }
-  return true;
 }
 
 // The first of the entries [begin, end) in a column of at least `column`.
-inline int64_t lower_entry(const int32_t* columns, int64_t begin, int64_t end, int64_t column) {
+inline int64_t lower_entry(Columns columns, int64_t begin, int64_t end, int64_t column) {
   while (begin < end) {
     const int64_t middle = (begin + end) / 2;
     if (columns[middle] < column) {
@@ -238,172 +282,148 @@ inline int64_t lower_entry(const int32_t* columns, int64_t begin, int64_t end, i
   return begin;
 }
 
-// Calls add(row, j) for the kept entries j in the columns [begin, end), row by row.
-template <class Tile, class Add>
-inline bool for_entries_of_columns(const SparseRows& structure, int64_t begin, int64_t end,
-                                   const Tile& tile, const Add& add) {
-  const bool all = begin == 0 && end == structure.width;
-  for (int64_t first = 0; first < structure.rows; first += kTileRows) {
-    const int64_t last = smaller(structure.rows, first + kTileRows);
-    if (!columns_inside(structure, first, last)) return false;
-    tile(first, last);
-    for (int64_t row = first; row < last; ++row) {
-      int64_t start = structure.pointers[row], stop = structure.pointers[row + 1];
-      if (!all) {
-        start = lower_entry(structure.columns, start, stop, begin);
-        stop = lower_entry(structure.columns, start, stop, end);
-      }
-      add(row, start, stop);
-    }
-  }
-  return true;
+struct Range {
+  int64_t begin, end;
+};
+
+// The kept entries of a row in the columns [begin, end).
+inline Range entries_between(const SparseRows& structure, Columns columns, int64_t row,
+                             int64_t begin, int64_t end) {
+  Range range = {structure.pointers[row], structure.pointers[row + 1]};
+  if (begin > 0) range.begin = lower_entry(columns, range.begin, range.end, begin);
+  if (end < structure.width) range.end = lower_entry(columns, range.begin, range.end, end);
+  return range;
 }
 
 template <class T>
-bool input_gradient_of_one(const MaskedInputGradient<T>& call, int64_t sample, int64_t begin,
-                           int64_t end, Compute<T>* scratch) {
+void input_gradient_of_one(const MaskedInputGradient<T>& call, int64_t begin, int64_t end,
+                           Compute<T>* scratch) {
   using C = Compute<T>;
-  constexpr int kW = kLanes<T>;
   const SparseRows& structure = call.structure;
-  const int64_t padded = (end - begin + kW - 1) / kW * kW;
-  C* sums = scratch;
-  for (int64_t k = 0; k < padded; k += kW) store(sums + k, Vec<C>{});
-  const C* gradient =
-      contiguous_features(call.gradient, sample, 0, structure.rows, scratch + padded);
-  const bool inside = for_entries_of_columns(
-      structure, begin, end, [](int64_t, int64_t) {},
-      [&](int64_t row, int64_t start, int64_t stop) {
-        const C held = gradient[row];
-        C* target = sums - begin;
+  const Columns columns = columns_of(structure);
+  C* gradient = scratch + padded_width(structure.width);
+  copy_features(call.gradient, 0, 0, structure.rows, gradient);
+  for (int64_t k = begin; k < end; ++k) scratch[k] = 0;
+  for (int64_t row = 0; row < structure.rows; ++row) {
+    const Range range = entries_between(structure, columns, row, begin, end);
+    const C held = gradient[row];
 #pragma GCC unroll 4
-        for (int64_t j = start; j < stop; ++j) {
-          target[structure.columns[j]] += held * call.values[j];
-        }
-      });
-  T* target = call.output + sample * structure.width + begin;
-  for (int64_t k = 0; k < end - begin; k += kW) {
-    store_partial(target + k, load(sums + k), smaller(kW, end - begin - k));
+    for (int64_t j = range.begin; j < range.end; ++j) scratch[columns[j]] += held * call.values[j];
   }
-  return inside;
+  for (int64_t k = begin; k < end; k += kLanes<T>) {
+    const int64_t left = smaller(kLanes<T>, end - k);
+    store_partial(call.output + k, load_partial(scratch + k, left), left);
+  }
 }
 
 template <class T, int kVecs>
-bool input_gradient_of_group(const MaskedInputGradient<T>& call, int64_t sample, int64_t count,
+void input_gradient_of_group(const MaskedInputGradient<T>& call, int64_t sample, int64_t count,
                              int64_t begin, int64_t end, Compute<T>* scratch) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
   const SparseRows& structure = call.structure;
-  C* held = scratch;
+  const Columns columns = columns_of(structure);
   C* panel = scratch + kTileRows * kWidth;
-  for (int64_t k = 0; k < (end - begin) * kWidth; k += kW) store(panel + k, Vec<C>{});
-  int64_t first_row = 0;
-  const bool inside = for_entries_of_columns(
-      structure, begin, end,
-      [&](int64_t first, int64_t last) {
-        pack<T, kVecs>(call.gradient, sample, count, first, last, held);
-        first_row = first;
-      },
-      [&](int64_t row, int64_t start, int64_t stop) {
-        Vec<C> gradient[kVecs];
-        for (int v = 0; v < kVecs; ++v) {
-          gradient[v] = load(held + (row - first_row) * kWidth + v * kW);
-        }
-        for (int64_t j = start; j < stop; ++j) {
-          C* target = panel + (structure.columns[j] - begin) * kWidth;
-          const Vec<C> value = broadcast(call.values[j]);
-          for (int v = 0; v < kVecs; ++v) {
-            store(target + v * kW, load(target + v * kW) + value * gradient[v]);
-          }
-        }
-      });
-  unpack<T, kVecs>(panel, end - begin, count, call.output + sample * structure.width + begin,
-                   structure.width);
-  return inside;
+  for (int64_t k = begin * kWidth; k < end * kWidth; k += kW) store(panel + k, Vec<C>{});
+  for (int64_t row = 0; row < structure.rows; ++row) {
+    const int64_t place = row % kTileRows;
+    if (place == 0) {
+      const int64_t last = smaller(structure.rows, row + kTileRows);
+      pack<T, kVecs>(call.gradient, sample, count, row, last, scratch);
+    }
+    Vec<C> held[kVecs];
+    for (int v = 0; v < kVecs; ++v) held[v] = load(scratch + place * kWidth + v * kW);
+    const Range range = entries_between(structure, columns, row, begin, end);
+#pragma GCC unroll 2
+    for (int64_t j = range.begin; j < range.end; ++j) {
+      C* target = panel + columns[j] * kWidth;
+      const Vec<C> value = broadcast(call.values[j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        store(target + v * kW, load(target + v * kW) + value * held[v]);
+      }
+    }
+  }
+  unpack<T, kVecs>(panel + begin * kWidth, end - begin, count,
+                   call.output + sample * structure.width + begin, structure.width);
+}
+
+// Calls function(sample, count, width) for every group of samples.
+template <class T, class Function>
+inline void for_groups(int64_t samples, const Function& function) {
+  for (int64_t sample = 0; sample < samples; sample += kGroup<T>) {
+    const int64_t count = smaller(kGroup<T>, samples - sample);
+    with_group_width<T>(count, [&](auto width) { function(sample, count, width); });
+  }
 }
 
 }  // namespace
 
 template <class T>
 int64_t small_batch_scratch(int64_t rows, int64_t width) {
-  const int64_t vectors = rows + width + 2 * kLanes<T>;
-  const int64_t panel = (width + kTileRows) * kGroup<T>;
+  const int64_t padded = padded_width(width);
+  const int64_t vectors = rows + padded, panel = (padded + kTileRows) * kGroup<T>;
   return vectors > panel ? vectors : panel;
 }
 
 template <class T>
-bool spmv_product(const MaskedProduct<T>& call, int64_t begin, int64_t end, Working<T>* scratch) {
+void spmv_product(const MaskedProduct<T>& call, int64_t begin, int64_t end, Working<T>* scratch) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>;
+  const Columns columns = columns_of(call.structure);
   for (int64_t sample = 0; sample < call.input.count; ++sample) {
-    const C* x = contiguous_features(call.input, sample, 0, call.structure.width, scratch);
+    copy_features(call.input, sample, 0, call.structure.width, scratch);
     for (int64_t row = begin; row < end; row += kW) {
       const int64_t rows = smaller(kW, end - row);
-      if (sample == 0 && !columns_inside(call.structure, row, row + rows)) return false;
-      Vec<C> part[kW] = {};
-      for (int i = 0; i < rows; ++i) part[i] = row_sums<C>(call.structure, call.values, row + i, x);
+      Vec<C> part[kW];
+      for (int i = 0; i < kW; ++i) {
+        part[i] =
+            i < rows ? row_sums(call.structure, columns, call.values, row + i, scratch) : Vec<C>{};
+      }
       finish(call, sum_each<C>(part), sample, row, rows);
     }
   }
-  return true;
 }
 
 template <class T>
-bool small_batch_product(const MaskedProduct<T>& call, int64_t begin, int64_t end,
+void small_batch_product(const MaskedProduct<T>& call, int64_t begin, int64_t end,
                          Working<T>* scratch) {
-  bool inside = true;
-  for (int64_t sample = 0; sample < call.input.count && inside; sample += kGroup<T>) {
-    const int64_t count = smaller(kGroup<T>, call.input.count - sample);
-    with_group_width<T>(count, [&](auto width) {
-      constexpr int kVecs = decltype(width)::value;
-      Compute<T>* panel = scratch + kTileRows * kVecs * kLanes<T>;
-      pack<T, kVecs>(call.input, sample, count, 0, call.structure.width, panel);
-      for (int64_t row = begin; row < end && inside; row += kTileRows) {
-        const int64_t rows = smaller(kTileRows, end - row);
-        inside = sample > 0 || columns_inside(call.structure, row, row + rows);
-        if (inside) product_tile<T, kVecs>(call, row, rows, sample, count, panel, scratch);
-      }
-    });
-  }
-  return inside;
+  for_groups<T>(call.input.count, [&](int64_t sample, int64_t count, auto width) {
+    constexpr int kVecs = decltype(width)::value;
+    Compute<T>* panel = scratch + kTileRows * kVecs * kLanes<T>;
+    pack<T, kVecs>(call.input, sample, count, 0, call.structure.width, panel);
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      const int64_t rows = smaller(kTileRows, end - row);
+      product_tile<T, kVecs>(call, row, rows, sample, count, panel, scratch);
+    }
+  });
 }
 
 template <class T>
-bool small_batch_input_gradient(const MaskedInputGradient<T>& call, int64_t begin, int64_t end,
+void small_batch_input_gradient(const MaskedInputGradient<T>& call, int64_t begin, int64_t end,
                                 Working<T>* scratch) {
-  bool inside = true;
-  if (call.gradient.count == 1) return input_gradient_of_one(call, 0, begin, end, scratch);
-  for (int64_t sample = 0; sample < call.gradient.count && inside; sample += kGroup<T>) {
-    const int64_t count = smaller(kGroup<T>, call.gradient.count - sample);
-    with_group_width<T>(count, [&](auto width) {
-      constexpr int kVecs = decltype(width)::value;
-      inside = input_gradient_of_group<T, kVecs>(call, sample, count, begin, end, scratch);
-    });
-  }
-  return inside;
+  if (call.gradient.count == 1) return input_gradient_of_one(call, begin, end, scratch);
+  for_groups<T>(call.gradient.count, [&](int64_t sample, int64_t count, auto width) {
+    input_gradient_of_group<T, decltype(width)::value>(call, sample, count, begin, end, scratch);
+  });
 }
 
 template <class T>
-bool small_batch_weight_gradient(const MaskedWeightGradient<T>& call, int64_t begin, int64_t end,
+void small_batch_weight_gradient(const MaskedWeightGradient<T>& call, int64_t begin, int64_t end,
                                  Working<T>* scratch) {
-  bool inside = true;
-  if (call.input.count == 1) return weight_gradient_of_one(call, 0, begin, end, scratch);
-  for (int64_t sample = 0; sample < call.input.count && inside; sample += kGroup<T>) {
-    const int64_t count = smaller(kGroup<T>, call.input.count - sample);
-    with_group_width<T>(count, [&](auto width) {
-      constexpr int kVecs = decltype(width)::value;
-      inside = weight_gradient_of_group<T, kVecs>(call, sample, count, begin, end, scratch);
-    });
-  }
-  return inside;
+  if (call.input.count == 1) return weight_gradient_of_one(call, begin, end, scratch);
+  for_groups<T>(call.input.count, [&](int64_t sample, int64_t count, auto width) {
+    weight_gradient_of_group<T, decltype(width)::value>(call, sample, count, begin, end, scratch);
+  });
 }
 
 #define TSCNC_INSTANTIATE(T)                                                                     \
   template int64_t small_batch_scratch<T>(int64_t, int64_t);                                     \
-  template bool spmv_product<T>(const MaskedProduct<T>&, int64_t, int64_t, Working<T>*);         \
-  template bool small_batch_product<T>(const MaskedProduct<T>&, int64_t, int64_t, Working<T>*);  \
-  template bool small_batch_input_gradient<T>(const MaskedInputGradient<T>&, int64_t, int64_t,   \
+  template void spmv_product<T>(const MaskedProduct<T>&, int64_t, int64_t, Working<T>*);         \
+  template void small_batch_product<T>(const MaskedProduct<T>&, int64_t, int64_t, Working<T>*);  \
+  template void small_batch_input_gradient<T>(const MaskedInputGradient<T>&, int64_t, int64_t,   \
                                               Working<T>*);                                      \
-  template bool small_batch_weight_gradient<T>(const MaskedWeightGradient<T>&, int64_t, int64_t, \
+  template void small_batch_weight_gradient<T>(const MaskedWeightGradient<T>&, int64_t, int64_t, \
                                                Working<T>*);
 TSCNC_INSTANTIATE(float)
 TSCNC_INSTANTIATE(double)

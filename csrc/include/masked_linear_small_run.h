@@ -1,11 +1,9 @@
-// The products of few samples on torch's threads. Their kernels check the columns themselves.
+// The products of few samples on torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "cpu/masked_linear_small.h"
 #include "scratch.h"
@@ -21,14 +19,10 @@ void run_in_parts(const SparseRows& structure, int64_t samples, const Split& spl
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(work / kWorkOfThread, 1, threads);
   const int64_t size = TSCNC_SELECT(small_batch_scratch<T>)(structure.rows, structure.width);
-  std::atomic<bool> inside{true};
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     const int64_t begin = split(first, parts), end = split(last, parts);
-    if (begin == end) return;
-    if (!kernel(begin, end, thread_scratch().reserve<Working<T>>(size))) inside = false;
+    if (begin < end) kernel(begin, end, thread_scratch().reserve<Working<T>>(size));
   });
-  STD_TORCH_CHECK(inside, "masked_linear: expected columns from 0 to ", structure.width - 1,
-                  "; the index of a pattern must not be written to");
 }
 
 // The first of `rows` rows of part `part`; the last part ends behind trailing empty rows.
@@ -43,9 +37,7 @@ void run_small_product(const MaskedProduct<T>& call, bool one_by_one) {
   run_in_parts<T>(
       call.structure, call.input.count,
       [&](int64_t part, int64_t parts) { return part_begin(call.structure, part, parts); },
-      [&](int64_t begin, int64_t end, Working<T>* scratch) {
-        return kernel(call, begin, end, scratch);
-      });
+      [&](int64_t begin, int64_t end, Working<T>* scratch) { kernel(call, begin, end, scratch); });
 }
 
 // `transposed` only cuts the columns into parts of equal work.
@@ -55,9 +47,7 @@ void run_small_input_gradient(const MaskedInputGradient<T>& call, const SparseRo
   run_in_parts<T>(
       call.structure, call.gradient.count,
       [&](int64_t part, int64_t parts) { return part_begin(transposed, part, parts); },
-      [&](int64_t begin, int64_t end, Working<T>* scratch) {
-        return kernel(call, begin, end, scratch);
-      });
+      [&](int64_t begin, int64_t end, Working<T>* scratch) { kernel(call, begin, end, scratch); });
 }
 
 template <class T>
@@ -66,9 +56,7 @@ void run_small_weight_gradient(const MaskedWeightGradient<T>& call) {
   run_in_parts<T>(
       call.structure, call.input.count,
       [&](int64_t part, int64_t parts) { return part_begin(call.structure, part, parts); },
-      [&](int64_t begin, int64_t end, Working<T>* scratch) {
-        return kernel(call, begin, end, scratch);
-      });
+      [&](int64_t begin, int64_t end, Working<T>* scratch) { kernel(call, begin, end, scratch); });
 }
 
 }  // namespace tscnc
