@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "dtype_dispatch.h"
+#include "masked_linear_block_run.h"
 #include "masked_linear_small_run.h"
 #include "scratch.h"
 #include "sparse_index.h"
@@ -76,12 +77,17 @@ void for_rows(const SparseRows& structure, const Function& function) {
 }
 
 // Codes of tscnc_kernels/_masked_algorithms.py.
-enum class Algorithm : int64_t { panel = 0, small_batch = 2, spmv = 3 };
+enum class Algorithm : int64_t { panel = 0, small_batch = 2, spmv = 3, block = 4 };
 
 Algorithm algorithm_of(int64_t code) {
-  STD_TORCH_CHECK(code == 0 || code == 2 || code == 3, kOp,
-                  ": expected the algorithm code 0, 2 or 3, got ", code);
+  STD_TORCH_CHECK(code == 0 || (code >= 2 && code <= 4), kOp,
+                  ": expected the algorithm code 0, 2, 3 or 4, got ", code);
   return static_cast<Algorithm>(code);
+}
+
+// Kernels for few samples keep their reads inside by themselves and need no transposed index.
+bool is_small(Algorithm algorithm) {
+  return algorithm == Algorithm::small_batch || algorithm == Algorithm::spmv;
 }
 
 // The kept entries of a dense weight, or the values themselves, in the type that they are
@@ -169,9 +175,8 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
   const Algorithm chosen = algorithm_of(algorithm);
   STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
                   " dimensions");
-  const SparseRows structure =
-      sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns",
-                  chosen == Algorithm::panel || weight.dim() == 2);
+  const SparseRows structure = sparse_rows(row_pointers, columns, input.size(1), "row_pointers",
+                                           "columns", !is_small(chosen) || weight.dim() == 2);
   const Activation act = activation_of(activation);
   const ScalarType dtype = input.scalar_type();
   check_matrix(input, input.size(0), structure.width, dtype, "input");
@@ -196,8 +201,8 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
         static_cast<T*>(output.mutable_data_ptr()),
         save_preactivation ? static_cast<T*>(preactivation.mutable_data_ptr()) : nullptr,
         1};
-    if (chosen == Algorithm::panel) return run_product<T>(call);
-    run_small_product<T>(call, chosen == Algorithm::spmv);
+    if (is_small(chosen)) return run_small_product<T>(call, chosen == Algorithm::spmv);
+    chosen == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
   });
   return {output, preactivation};
 }
@@ -210,7 +215,7 @@ struct Structure {
 
 template <class T>
 Tensor input_gradient(const Structure& structure, const Tensor& weight, const Samples<T>& gradient,
-                      const Tensor& like) {
+                      Algorithm algorithm, const Tensor& like) {
   const Tensor values = kept_values<T>(weight, structure.rows);
   if (structure.permutation == nullptr) {
     Tensor result = torch::stable::new_empty(like, {gradient.count, structure.rows.width});
@@ -229,8 +234,11 @@ Tensor input_gradient(const Structure& structure, const Tensor& weight, const Sa
     }
   });
   Tensor result = torch::stable::new_empty(like, {gradient.count, transposed.rows});
-  run_product<T>({transposed, target, gradient, nullptr, Activation::none,
-                  static_cast<T*>(result.mutable_data_ptr()), nullptr, 1});
+  const MaskedProduct<T> call = {transposed,       target,
+                                 gradient,         nullptr,
+                                 Activation::none, static_cast<T*>(result.mutable_data_ptr()),
+                                 nullptr,          1};
+  algorithm == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
   return result;
 }
 
@@ -241,7 +249,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Te
                                            bool needs_bias) {
   constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
   const int64_t kept = needs_weight ? structure.pointers[structure.rows] : 0;
-  const bool small = algorithm != Algorithm::panel && gradient.count > 0;
+  const bool small = is_small(algorithm) && gradient.count > 0;
   Tensor values = small ? torch::stable::new_empty(input, {kept}, working)
                         : torch::stable::new_zeros(input, {kept}, working);
   Tensor bias = torch::stable::new_zeros(input, {needs_bias ? structure.rows : 0}, working);
@@ -249,7 +257,13 @@ std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Te
       structure, samples<T>(input), gradient,
       needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
       needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr};
-  small ? run_small_weight_gradient<T>(call) : run_weight_gradient<T>(call);
+  if (small) {
+    run_small_weight_gradient<T>(call);
+  } else if (algorithm == Algorithm::block) {
+    run_block_weight_gradient<T>(call);
+  } else {
+    run_weight_gradient<T>(call);
+  }
   values = in_dtype(values, input.scalar_type());
   bias = in_dtype(bias, input.scalar_type());
   const bool dense = needs_weight && weight.dim() == 2;
@@ -267,8 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
   const Algorithm weight_chosen = algorithm_of(weight_algorithm);
   STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
                   " dimensions");
-  const bool permuted = needs_input && input_chosen == Algorithm::panel;
-  const bool checked = weight.dim() == 2 || permuted || weight_chosen == Algorithm::panel;
+  const bool permuted = needs_input && !is_small(input_chosen);
+  const bool checked = weight.dim() == 2 || permuted || !is_small(weight_chosen);
   const SparseRows rows =
       sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns", checked);
   const SparseRows transposed = sparse_rows(column_pointers, column_rows, rows.rows,
@@ -294,7 +308,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
     using T = typename decltype(tag)::type;
     const Samples<T> gradient = samples<T>(grad_output, scaled ? data<T>(saved) : nullptr, act);
     if (needs_input) {
-      grad_input = input_gradient<T>({rows, transposed, order}, weight, gradient, input);
+      grad_input =
+          input_gradient<T>({rows, transposed, order}, weight, gradient, input_chosen, input);
     }
     if (!needs_weight && !needs_bias) return;
     std::tie(grad_weight, grad_bias) =

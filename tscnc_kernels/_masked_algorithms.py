@@ -6,7 +6,7 @@ from tscnc_kernels.sparsity import SparsityPattern
 
 DENSE = "dense"
 # Algorithms of the native backend on the kept entries, and their codes in csrc/masked_linear.cpp.
-SPARSE = {"panel": 0, "small_batch": 2, "spmv": 3}
+SPARSE = {"panel": 0, "small_batch": 2, "spmv": 3, "block": 4}
 ALGORITHMS = (*SPARSE, DENSE)
 # Above this density torch's GEMM is expected to win over a training step: without cache blocking
 # the panel kernel reaches about a third of the GEMM's rate (rows of
