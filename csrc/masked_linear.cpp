@@ -257,13 +257,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Te
       structure, samples<T>(input), gradient,
       needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
       needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr};
-  if (small) {
-    run_small_weight_gradient<T>(call);
-  } else if (algorithm == Algorithm::block) {
-    run_block_weight_gradient<T>(call);
-  } else {
-    run_weight_gradient<T>(call);
-  }
+  small ? run_small_weight_gradient<T>(call) : run_weight_gradient<T>(call);
   values = in_dtype(values, input.scalar_type());
   bias = in_dtype(bias, input.scalar_type());
   const bool dense = needs_weight && weight.dim() == 2;

@@ -28,10 +28,12 @@ inline std::vector<int32_t> row_group_starts(const SparseRows& structure) {
   for (int64_t row = 0; row < structure.rows;) {
     starts.push_back(static_cast<int32_t>(row));
     int64_t next = row + 1;
-    while (next < structure.rows && next - row < kGroupRows && same_columns(structure, row, next)) {
+    while (next < structure.rows && next - row < kMaxGroupRows &&
+           same_columns(structure, row, next)) {
       ++next;
     }
-    row = next - row == kGroupRows ? next : row + 1;
+    const int64_t grouped = (next - row) / kGroupRows * kGroupRows;
+    row += std::max<int64_t>(1, grouped);
   }
   starts.push_back(static_cast<int32_t>(structure.rows));
   return starts;
@@ -55,23 +57,6 @@ void run_block_product(MaskedProduct<T> call) {
   const int64_t size = TSCNC_SELECT(block_scratch<T>)(call.structure.width);
   torch::stable::parallel_for(0, panels * call.row_splits, 1, [&](int64_t begin, int64_t end) {
     kernel(call, row_groups(starts), begin, end, thread_scratch().reserve<Working<T>>(size));
-  });
-}
-
-// Ranges of groups; each sums over the batch in order.
-template <class T>
-void run_block_weight_gradient(const MaskedWeightGradient<T>& call) {
-  constexpr int64_t kWorkOfThread = 1 << 18;
-  const std::vector<int32_t> starts = row_group_starts(call.structure);
-  const RowGroups groups = row_groups(starts);
-  const int64_t work = call.structure.pointers[call.structure.rows] * call.input.count;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), groups.count);
-  const int64_t parts = std::clamp<int64_t>(work / kWorkOfThread, 1, threads);
-  const auto kernel = TSCNC_SELECT(block_weight_gradient<T>);
-  const int64_t size = TSCNC_SELECT(block_scratch<T>)(call.structure.width);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    kernel(call, groups, groups.count * first / parts, groups.count * last / parts,
-           thread_scratch().reserve<Working<T>>(size));
   });
 }
 
