@@ -164,14 +164,6 @@ int64_t band_rows(int64_t height, int64_t reach, int64_t row_bytes) {
   return (height + bands - 1) / bands;
 }
 
-int64_t lanes_of(ScalarType dtype) {
-  int64_t lanes = 0;
-  dispatch_floating(kOp, dtype, [&](auto tag) {
-    lanes = TSCNC_SELECT(masked_conv2d_lanes<typename decltype(tag)::type>)();
-  });
-  return lanes;
-}
-
 // Planes for taps that reach `reach` steps further along each axis of a grid.
 template <class T>
 OwnedPlanes planes_for(const AxisTaps& h, const AxisTaps& w, int64_t channels, int64_t grid_height,
@@ -380,6 +372,19 @@ std::tuple<Tensor, Tensor> weight_gradient(const ConvShape& shape, const SparseR
   return {needs_weight ? like_weight<T>(values, weight, structure) : values, bias};
 }
 
+// Both as they are, or contiguous where the kernels cannot read them side by side or an expanded
+// gradient would be read element by element.
+std::tuple<Tensor, Tensor> of_equal_strides(const Tensor& gradient, const Tensor& saved,
+                                            bool scaled) {
+  bool as_is = true;
+  for (int64_t d = 0; d < 4; ++d) {
+    if (gradient.size(d) == 1) continue;
+    as_is &= gradient.stride(d) != 0 && (!scaled || saved.stride(d) == gradient.stride(d));
+  }
+  if (as_is) return {gradient, saved};
+  return {torch::stable::contiguous(gradient), scaled ? torch::stable::contiguous(saved) : saved};
+}
+
 // `saved` is the output for relu and the preactivation for gelu. A gradient that is not needed
 // comes back empty.
 std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward_cpu(
@@ -403,11 +408,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward_cpu(
   const bool scaled = act != Activation::none;
   if (scaled) {
     check_images(saved, input, shape.out_channels, out_height, out_width, "saved");
-    for (int64_t d = 0; d < 4; ++d) {
-      STD_TORCH_CHECK(saved.stride(d) == grad_output.stride(d) || saved.size(d) == 1, kOp,
-                      ": expected saved to have grad_output's strides");
-    }
   }
+  std::tie(grad_output, saved) = of_equal_strides(grad_output, saved, scaled);
   Tensor grad_input = torch::stable::new_empty(input, {0});
   Tensor grad_weight = grad_input, grad_bias = grad_input;
   dispatch_floating(kOp, input.scalar_type(), [&](auto tag) {
