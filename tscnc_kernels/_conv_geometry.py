@@ -52,14 +52,14 @@ class ConvGeometry(NamedTuple):
         return F.pad(input, (left, right, top, bottom)), (0, 0)
 
     def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """torch's convolution of an input (B, C, H, W)."""
+        """The convolution in torch of an input (B, C, H, W)."""
         padded, padding = self.pad(input)
         return F.conv2d(padded, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def convolve_backward(
         self, gradient: Tensor, input: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """torch's gradients of `convolve` with respect to input and weight, differentiable."""
+        """The gradients in torch of `convolve` with respect to input and weight, differentiable."""
         padded, padding = self.pad(input)
         mask = [bool(needs[0]), bool(needs[1]), False]
         grad_padded, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -87,10 +87,10 @@ def conv_geometry(
         ValueError: a stride, dilation or number of groups below 1, a negative padding, another
             word as padding, or "same" with a stride.
     """
-    steps, spread = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
     _check_integer("groups", groups, 1)
     if not isinstance(padding, str):
-        rows, columns = _pair("padding", padding, 0)
+        rows, columns = pair("padding", padding, 0)
         return ConvGeometry(kernel, steps, (rows, rows, columns, columns), spread, groups)
     if padding not in ("same", "valid"):
         raise ValueError(f"expected padding to be integers, 'same' or 'valid', got {padding!r}")
@@ -108,7 +108,8 @@ def is_channels_last(images: Tensor) -> bool:
     return channels > 1 and step == 1 and pixel == channels and row == channels * width
 
 
-def _pair(name: str, value: IntPair, least: int) -> tuple[int, int]:
+def pair(name: str, value: IntPair, least: int) -> tuple[int, int]:
+    """One integer twice, or two; TypeError or ValueError for anything else."""
     if isinstance(value, int):
         value = (value, value)
     if not isinstance(value, Sequence) or isinstance(value, str):

@@ -9,8 +9,8 @@ and act none, relu or gelu:
     dW[o, c, i, j] = M[o, c, i, j] Σ over images and pixels of G[o, p] X[c, p shifted by (i, j)]
     db = Σ over images and pixels of G
 
-Shapes: X (B, C, H, W), W (O, C / groups, kh, kw) or its kept values (nnz,), b (O,), Y (B, O, H', W').
-The derivative of relu at 0 is 0; gelu is the exact one, z Φ(z).
+Shapes: X (B, C, H, W), W (O, C / groups, kh, kw) or its kept values (nnz,), b (O,) and
+Y (B, O, H', W'). The derivative of relu at 0 is 0; gelu is the exact one, z Φ(z).
 
 Algorithms of the native backend: both copy the images into zero-padded planes, in which every kept
 weight meets all results at one offset; a tile of results stays in registers while the kept weights
@@ -413,9 +413,7 @@ def masked_conv2d(
     chosen = _backend.select("masked_conv2d", input.device, backend)
     images = input if input.ndim == 4 else input.unsqueeze(0)
     algorithms = choose("masked_conv2d", pattern, geometry, chosen, images.shape, algorithm)
-    options = _Options(
-        pattern.shape, geometry, activation, dense_grad, assume_masked, algorithms
-    )
+    options = _Options(pattern.shape, geometry, activation, dense_grad, assume_masked, algorithms)
     bias = None if bias is None else bias.contiguous()
     tensors = [images, weight] if bias is None else [images, weight, bias]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
