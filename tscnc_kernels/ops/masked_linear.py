@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._apply import eager_apply, is_eager
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._checks import check_floating
 from tscnc_kernels._masked_algorithms import ALGORITHMS, DENSE, SPARSE, Algorithms, choose
@@ -206,11 +207,18 @@ for _name in ("masked_linear", "masked_linear_backward"):
 
 
 class _Options(NamedTuple):
+    # None where the index comes as tensors, which tracing and functorch need to see.
+    pattern: SparsityPattern | None
     shape: tuple[int, ...]
     activation: str
     dense_grad: bool
     assume_masked: bool
     algorithms: Algorithms
+
+
+def _pattern(options: _Options, index: Sequence[Tensor]) -> SparsityPattern:
+    found = options.pattern
+    return SparsityPattern(options.shape, *index) if found is None else found
 
 
 def _forward(
@@ -274,7 +282,7 @@ class MaskedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
-        pattern = SparsityPattern(options.shape, *index)
+        pattern = _pattern(options, index)
         return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
@@ -282,6 +290,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         input, weight, bias, ctx.options, *index = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
+        ctx.set_materialize_grads(False)
         saved = result if ctx.options.activation == "relu" else preactivation
         ctx.save_for_backward(saved, input, weight, bias, *index)
 
@@ -289,7 +298,9 @@ class MaskedLinearFunction(torch.autograd.Function):
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
         saved, input, weight, bias, *index = ctx.saved_tensors
         options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
-        pattern = SparsityPattern(options.shape, *index)
+        if grad_output is None:
+            return None, None, None, None, *(None for _ in index)
+        pattern = _pattern(options, index)
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
             z = F.linear(input, _masked_weight(weight, pattern, dense_grad), bias)
@@ -305,6 +316,7 @@ class MaskedLinearFunction(torch.autograd.Function):
 MaskedLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     MaskedLinearFunction.forward
 )
+_apply_eagerly = eager_apply(MaskedLinearFunction)
 
 
 def masked_linear(
@@ -361,16 +373,44 @@ def masked_linear(
         input, weight = cast(input, dtype), cast(weight, dtype)
         bias = None if bias is None else cast(bias, dtype)
     _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
-    chosen = _backend.select("masked_linear", input.device, backend)
-    flat = input if input.ndim == 2 else input.reshape(-1, pattern.shape[1])
+    return masked_linear_unchecked(
+        *(input, weight, pattern, bias, activation),
+        dense_grad=dense_grad,
+        assume_masked=assume_masked,
+        backend=backend,
+        algorithm=algorithm,
+    )
+
+
+def masked_linear_unchecked(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    dense_grad: bool = False,
+    assume_masked: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> Tensor:
+    """`masked_linear` on arguments that its checks have passed, and without autocast."""
+    chosen = _backend.select("masked_linear", pattern.device, backend)
+    flat = input if input.dim() == 2 else input.reshape(-1, pattern.shape[1])
     algorithms = choose("masked_linear", pattern, chosen, flat.shape[0], algorithm)
-    options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithms)
     bias = None if bias is None else bias.contiguous()
-    tensors = [flat, weight] if bias is None else [flat, weight, bias]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    eager = is_eager()
+    options = _Options(
+        *(pattern if eager else None, pattern.shape, activation),
+        *(dense_grad, assume_masked, algorithms),
+    )
+    wanted = flat.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (wanted and torch.is_grad_enabled()):
+        output, _ = _forward(flat, weight, bias, pattern, options, save=False)
+    elif eager:
+        output, _ = _apply_eagerly(flat, weight, bias, options)
+    else:
         output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
             flat, weight, bias, options, *pattern.tensors
         )
-    else:
-        output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    return output if input.ndim == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
+    return output if input.dim() == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
