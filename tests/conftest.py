@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Tests of the tuner switch it on; all others want the same algorithms on every machine.
+os.environ.setdefault("TSCNC_AUTOTUNE", "off")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
