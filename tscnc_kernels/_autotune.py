@@ -154,7 +154,7 @@ def measure(names: Sequence[str], compute: Compute, clock: Callable[[], float]) 
     """Lower quartile of the seconds that each algorithm takes, all of them in turn.
 
     Every second round runs backwards, so that a load that grows or fades hits all alike. One that
-    stays `SLOWER` times behind the best for two rounds runs no further.
+    stays `SLOWER` times behind the best for three rounds runs no further.
     """
     for name in names:
         compute(name)
@@ -163,7 +163,7 @@ def measure(names: Sequence[str], compute: Compute, clock: Callable[[], float]) 
     for count in range(MAX_ROUNDS):
         if count >= MIN_ROUNDS and spent > BUDGET:
             break
-        if count == 2:
+        if count == 3:
             best = {name: min(found) for name, found in samples.items()}
             running = [name for name in names if best[name] < SLOWER * min(best.values())]
         for name in running if count % 2 == 0 else reversed(running):

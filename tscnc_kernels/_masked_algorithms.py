@@ -196,12 +196,12 @@ def batch_bucket(batch: int) -> int:
 def density_bucket(density: float) -> int:
     """The same number for densities that share a decision.
 
-    Steps of 0.025 from 0.1 up, and of a quarter octave below; usual sparsities lie inside a step,
+    Steps of 0.025 from 0.1 up, and of a third of an octave below; usual sparsities lie inside one,
     not on its edge.
     """
-    if density >= 0.1:
+    if density >= 0.09:
         return round(40 * density)
-    return round(4 * math.log2(max(density, 1e-9)))
+    return round(3 * math.log2(max(density, 1e-9)))
 
 
 def plan_for(

@@ -30,3 +30,12 @@ def test_every_direction_runs_its_own_algorithm(algorithms, monkeypatch):
         results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_dense_algorithm_trusts_assume_masked_and_still_masks_the_gradient():
+    kept = pattern(8, 6)
+    weight = torch.ones(8, 6, requires_grad=True)
+    output = masked_linear(torch.ones(1, 6), weight, kept, assume_masked=True, algorithm="dense")
+    assert output.tolist() == [[6.0] * 8]
+    output.sum().backward()
+    assert torch.equal(weight.grad != 0, kept.mask)

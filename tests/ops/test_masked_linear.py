@@ -251,15 +251,6 @@ def test_dense_grad_is_the_gradient_without_mask(algorithm):
     check_close(actual, expected, 1e-5, "gradient")
 
 
-def test_dense_algorithm_trusts_assume_masked_and_still_masks_the_gradient():
-    kept = pattern(8, 6)
-    weight = torch.ones(8, 6, requires_grad=True)
-    output = masked_linear(torch.ones(1, 6), weight, kept, assume_masked=True, algorithm="dense")
-    assert output.tolist() == [[6.0] * 8]
-    output.sum().backward()
-    assert torch.equal(weight.grad != 0, kept.mask)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_types_are_summed_in_float32(dtype, isa):
     # 4096 + 1 + ... + 1 stays 4096 when a half type is summed one by one.

@@ -1,5 +1,6 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
+from tscnc_kernels.nn._fuse import FusedActivation
 from tscnc_kernels.nn.explain import explain
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.nn.sparsify import (
@@ -11,6 +12,7 @@ from tscnc_kernels.nn.sparsify import (
 )
 
 __all__ = [
+    "FusedActivation",
     "LayerReport",
     "MaskedLinear",
     "SparsifyReport",

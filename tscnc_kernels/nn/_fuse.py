@@ -4,13 +4,15 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 Child = tuple[str, nn.Module | None]
 
 
-class FusedActivation(nn.Module):
+class FusedActivation(nn.Identity):
     """Stands where an activation was that the layer before it computes now; passes its input on.
+
+    Whoever puts another layer before it has to put `original` in its place.
 
     Attributes:
         original: the activation, which `densify` puts back.
@@ -19,10 +21,6 @@ class FusedActivation(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.original = original
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The input, as it is."""
-        return input
 
 
 def activation_name(module: nn.Module) -> str | None:
