@@ -184,10 +184,10 @@ void block_product(const MaskedProduct<T>& call, const RowGroups& groups, int64_
   }
 }
 
-#define TSCNC_INSTANTIATE(T)                                                                    \
-  template int64_t block_lanes<T>();                                                            \
-  template int64_t block_scratch<T>(int64_t);                                                   \
-  template void block_product<T>(const MaskedProduct<T>&, const RowGroups&, int64_t, int64_t,   \
+#define TSCNC_INSTANTIATE(T)                                                                  \
+  template int64_t block_lanes<T>();                                                          \
+  template int64_t block_scratch<T>(int64_t);                                                 \
+  template void block_product<T>(const MaskedProduct<T>&, const RowGroups&, int64_t, int64_t, \
                                  Working<T>*);
 TSCNC_INSTANTIATE(float)
 TSCNC_INSTANTIATE(double)

@@ -1,5 +1,5 @@
-// Products with patterns of r x c blocks: four rows that keep the same columns share every load of a
-// feature. The gradient of the weight gains nothing from blocks: a product with a held gradient
+// Products with patterns of r x c blocks: four rows that keep the same columns share every load of
+// a feature. The gradient of the weight gains nothing from blocks: a product with a held gradient
 // needs one load per multiply-add, which panel.h makes part of the instruction.
 #pragma once
 
