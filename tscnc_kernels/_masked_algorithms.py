@@ -54,6 +54,7 @@ FAMILIES = {
             "panel": Cost(0.058, 0.6, 0.6, 6e3),
             "small_batch": Cost(0.02, 0.6, 0.8, 6e3, (2, 16)),
             "spmv": Cost(0.0, 0.6, 0.5, 6e3, (1, 1)),
+            "block": Cost(0.04, 0.6, 0.8, 6e3, (17, 1 << 62)),
             DENSE: Cost(0.027, 0.02, 0.2, 6e3),
         },
         (1024, 1024),
@@ -110,16 +111,24 @@ def usual_call(shape: Sequence[int], values: bool = True) -> Call:
 
 
 def predict(
-    op: str, shape: Sequence[int], nnz: int, call: Call, direction: str
+    op: str,
+    shape: Sequence[int],
+    nnz: int,
+    call: Call,
+    direction: str,
+    blocks: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """Seconds of each algorithm that can compute a direction natively on nnz kept entries.
 
     Of one thread, so that the choice, and with it the bits, are the same for any number of them.
+    `blocks` is the pattern's block_shape.
     """
     size, elements = math.prod(shape), call.batch * (shape[0] + shape[1])
     seconds = {}
     for name, cost in FAMILIES[op].costs.items():
         if not cost.batches[0] <= call.batch <= cost.batches[1]:
+            continue
+        if name == "block" and not _uses_blocks(direction, blocks):
             continue
         entries = size if name == DENSE else nnz
         work = (cost.product * call.batch + cost.entry) * entries + cost.sample * elements
@@ -129,6 +138,13 @@ def predict(
             work += PICK * nnz + (FILL * size if direction == "grad_weight" else 0)
         seconds[name] = 1e-9 * (work * call.dtype.itemsize / 4 + cost.call)
     return seconds
+
+
+def _uses_blocks(direction: str, blocks: tuple[int, int] | None) -> bool:
+    """Whether four rows of the product's matrix share their columns."""
+    if blocks is None or direction == "grad_weight":
+        return False
+    return direction == "forward" or blocks[1] >= 4
 
 
 def _around_dense(call: Call, direction: str, nnz: int, size: int) -> float:
@@ -248,5 +264,5 @@ def _new_plan(
         *(f"d{density_bucket(pattern.density)}", weight, call.layout, call.detail),
     ]
     # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
-    case = op, pattern.shape, pattern.nnz, call
-    return Plan(call, "/".join(parts), lambda direction: predict(*case, direction), forced)
+    case, blocks = (op, pattern.shape, pattern.nnz, call), pattern.block_shape
+    return Plan(call, "/".join(parts), lambda direction: predict(*case, direction, blocks), forced)
