@@ -150,18 +150,10 @@ for _name in ("masked_linear", "masked_linear_backward"):
 
 
 class _Options(NamedTuple):
-    # None where the index comes as tensors, which tracing and functorch need to see.
-    pattern: SparsityPattern | None
-    shape: tuple[int, ...]
     activation: str
     dense_grad: bool
     assume_masked: bool
     algorithms: Choice
-
-
-def _pattern(options: _Options, index: Sequence[Tensor]) -> SparsityPattern:
-    found = options.pattern
-    return SparsityPattern(options.shape, *index) if found is None else found
 
 
 def _forward(
@@ -261,26 +253,25 @@ class MaskedLinearFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
-        pattern = _pattern(options, index)
+    def forward(input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
         return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        input, weight, bias, ctx.options, *index = inputs
+        input, weight, bias, ctx.options, ctx.pattern = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
         ctx.set_materialize_grads(False)
         saved = result if ctx.options.activation == "relu" else preactivation
-        ctx.save_for_backward(saved, input, weight, bias, *index)
+        ctx.save_for_backward(saved, input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
-        saved, input, weight, bias, *index = ctx.saved_tensors
-        options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
         if grad_output is None:
-            return None, None, None, None, *(None for _ in index)
-        pattern = _pattern(options, index)
+            return None, None, None, None, None
+        saved, input, weight, bias = ctx.saved_tensors
+        options, pattern = ctx.options, ctx.pattern
+        needs = wanted_gradients(ctx, (input, weight, bias))
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
             z = F.linear(input, masked_weight(weight, pattern, dense_grad), bias)
@@ -289,7 +280,7 @@ class MaskedLinearFunction(torch.autograd.Function):
             )
         else:
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
-        return *gradients, None, *(None for _ in index)
+        return *gradients, None, None
 
 
 # torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
@@ -381,17 +372,11 @@ def masked_linear_unchecked(
     eager = is_eager()
     call = Call.of(flat, weight, assume_masked) if eager else None
     algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
-    options = _Options(
-        *(pattern if eager else None, pattern.shape, activation),
-        *(dense_grad, assume_masked, algorithms),
-    )
+    options = _Options(activation, dense_grad, assume_masked, algorithms)
     wanted = flat.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if not (wanted and torch.is_grad_enabled()):
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    elif eager:
-        output, _ = _apply_eagerly(flat, weight, bias, options)
     else:
-        output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, options, *pattern.tensors
-        )
+        apply = _apply_eagerly if eager else MaskedLinearFunction.apply
+        output, _ = apply(flat, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
