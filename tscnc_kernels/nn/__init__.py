@@ -2,6 +2,7 @@
 
 from tscnc_kernels.nn._fuse import FusedActivation
 from tscnc_kernels.nn.explain import explain
+from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.nn.sparsify import (
     LayerReport,
@@ -14,6 +15,7 @@ from tscnc_kernels.nn.sparsify import (
 __all__ = [
     "FusedActivation",
     "LayerReport",
+    "MaskedConv2d",
     "MaskedLinear",
     "SparsifyReport",
     "densify",
