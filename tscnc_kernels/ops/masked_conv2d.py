@@ -35,7 +35,7 @@ from torch import Tensor
 from tscnc_kernels import _backend
 from tscnc_kernels._activation import ACTIVATIONS, activate, activation_gradient
 from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
-from tscnc_kernels._autocast import autocast_dtype, cast
+from tscnc_kernels._autocast import cast_operands
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
 from tscnc_kernels._conv_algorithms import ALGORITHMS, SPARSE, choose, conv_call
@@ -382,10 +382,7 @@ def masked_conv2d(
     Determinism: the sparse algorithms give the same bits every run and for any number of threads.
     """
     geometry = _geometry(pattern, stride, padding, dilation, groups)
-    dtype = autocast_dtype(pattern.device)
-    if dtype is not None:
-        input, weight = cast(input, dtype), cast(weight, dtype)
-        bias = None if bias is None else cast(bias, dtype)
+    input, weight, bias = cast_operands(pattern.device, input, weight, bias)
     _check(input, weight, pattern, bias, geometry, activation, dense_grad, algorithm)
     chosen = _backend.select("masked_conv2d", input.device, backend)
     images = input if input.ndim == 4 else input.unsqueeze(0)
