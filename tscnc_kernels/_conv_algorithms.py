@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._build import C
 from tscnc_kernels._conv_geometry import ConvGeometry
-from tscnc_kernels._masked_algorithms import DENSE, Algorithms
+from tscnc_kernels._masked_algorithms import Algorithms
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Algorithms of the native backend on the kept entries, and their codes in csrc/masked_conv2d.cpp.

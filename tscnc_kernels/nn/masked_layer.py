@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tscnc_kernels._activation import ACTIVATIONS
 from tscnc_kernels.sparsity import SparsityPattern, remap
 
 MODES = ("dense", "values")
@@ -208,3 +209,13 @@ def check_pattern(shape: tuple[int, ...], pattern: SparsityPattern, mode: str) -
         raise ValueError(f"expected a mask of shape {shape}, got {pattern.shape}")
     if mode not in MODES:
         raise ValueError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")
+
+
+def check_options(mode: str, activation: str, dense_grad: bool) -> None:
+    """Refuse an unknown activation, and dense_grad without a dense weight."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    if dense_grad and mode != "dense":
+        raise ValueError(f"dense_grad=True needs mode 'dense', got {mode!r}")

@@ -33,19 +33,16 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._activation import ACTIVATIONS, activate, activation_gradient
 from tscnc_kernels._autocast import autocast_dtype, cast
+from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_floating
 from tscnc_kernels._conv_algorithms import ALGORITHMS, SPARSE, choose
 from tscnc_kernels._conv_geometry import ConvGeometry, IntPair, conv_geometry, is_channels_last
-from tscnc_kernels._masked_algorithms import DENSE, Algorithms
+from tscnc_kernels._masked_algorithms import Algorithms
+from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
-from tscnc_kernels.ops.masked_linear import (
-    ACTIVATIONS,
-    _activate,
-    _activation_gradient,
-    _masked_weight,
-)
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Native first: benchmarks/results/*/masked_linear.csv, which has the same kernels' inner loops.
@@ -146,8 +143,8 @@ def reference(
 ) -> Tensor:
     """Plain torch, differentiable to any order."""
     geometry = _geometry(pattern, stride, padding, dilation, groups)
-    masked = _masked_weight(weight, pattern, dense_grad)
-    return _activate(geometry.convolve(input, masked, bias), activation)
+    masked = masked_weight(weight, pattern, dense_grad)
+    return activate(geometry.convolve(input, masked, bias), activation)
 
 
 def reference_backward(
@@ -166,10 +163,10 @@ def reference_backward(
     `saved` is Z, needed only with an activation. `needs` tells which of the gradients of input,
     weight and bias to compute; the others are None.
     """
-    gradient = _activation_gradient(grad_output, saved, activation)
+    gradient = activation_gradient(grad_output, saved, activation)
     grad_input, grad_weight = None, None
     if needs[0] or needs[1]:
-        masked = _masked_weight(weight, pattern, dense_grad)
+        masked = masked_weight(weight, pattern, dense_grad)
         grad_input, grad_weight = geometry.convolve_backward(gradient, input, masked, needs)
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = pattern.gather(grad_weight)
@@ -260,8 +257,8 @@ def _forward(
             *(options.geometry.numbers, *codes, is_channels_last(input), save),
         )
     held = options.assume_masked and weight.ndim == 4
-    z = options.geometry.convolve(input, weight if held else _masked_weight(weight, pattern), bias)
-    return _activate(z, options.activation), z if save else z.new_empty((0, *z.shape[1:]))
+    z = options.geometry.convolve(input, weight if held else masked_weight(weight, pattern), bias)
+    return activate(z, options.activation), z if save else z.new_empty((0, *z.shape[1:]))
 
 
 def _backward(
@@ -327,7 +324,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
         options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
         pattern = SparsityPattern(options.shape, *index)
         if torch.is_grad_enabled():
-            masked = _masked_weight(weight, pattern, options.dense_grad)
+            masked = masked_weight(weight, pattern, options.dense_grad)
             z = options.geometry.convolve(input, masked, bias)
             gradients = reference_backward(
                 *(grad_output, z, input, weight, pattern, options.geometry),
