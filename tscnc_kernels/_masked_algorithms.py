@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from tscnc_kernels.sparsity import SparsityPattern
 
 DENSE = "dense"
 # Algorithms of the native backend on the kept entries, and their codes in csrc/masked_linear.cpp.
-SPARSE = {"panel": 0}
+SPARSE = {"panel": 0, "blocked": 1}
 ALGORITHMS = (*SPARSE, DENSE)
 # Above this density torch's GEMM is expected to win over a training step: without cache blocking
 # the panel kernel reaches about a third of the GEMM's rate (rows of
@@ -41,3 +43,18 @@ def choose(
     sparse = backend == "native" and pattern.density <= PANEL_DENSITY
     name = forced or ("panel" if sparse else DENSE)
     return Algorithms(name, name, name)
+
+
+def row_index(pattern: SparsityPattern, algorithm: str) -> tuple[Tensor, Tensor]:
+    """What the native forward and weight gradient read: row pointers, and the kept entries in the
+    algorithm's form.
+    """
+    blocked = algorithm == "blocked"
+    return pattern.row_pointers, pattern.blocked_rows if blocked else pattern.columns
+
+
+def column_index(pattern: SparsityPattern, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As row_index for the input gradient, with the way from its order of entries to row-major."""
+    if algorithm == "blocked":
+        return pattern.column_pointers, *pattern.blocked_columns
+    return pattern.column_pointers, pattern.column_rows, pattern.permutation

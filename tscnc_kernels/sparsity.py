@@ -10,7 +10,7 @@ Letters: N rows, K columns, nnz kept entries.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class SparsityPattern:
     column_pointers: Tensor
     column_rows: Tensor
     permutation: Tensor
+    _built: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "SparsityPattern":
@@ -150,6 +151,33 @@ class SparsityPattern:
     def row_counts(self) -> Tensor:
         """(N,) int32, kept entries per row."""
         return self.row_pointers.diff()
+
+    @property
+    def blocked_rows(self) -> Tensor:
+        """uint8 buffer with the kept entries in the order of the cache-blocked products (layout:
+        csrc/include/blocked_index.h), built when it is first asked for.
+        """
+        return self._blocked("rows")[0]
+
+    @property
+    def blocked_columns(self) -> tuple[Tensor, Tensor]:
+        """As blocked_rows for the transposed matrix, and (nnz,) int32, the row-major place of each
+        entry in that order.
+        """
+        return self._blocked("columns")
+
+    def _blocked(self, order: str) -> tuple[Tensor, Tensor]:
+        found = self._built.get(order)
+        if found is None:
+            if order == "rows":
+                none = self.columns.new_empty((0,))
+                index = self.row_pointers, self.columns, none, self.matrix_shape[1]
+            else:
+                index = self.column_pointers, self.column_rows, self.permutation, self.shape[0]
+            found = _native.sparsity_block(*index)
+            if not torch.compiler.is_compiling():
+                self._built[order] = found
+        return found
 
     def gather(self, weight: Tensor) -> Tensor:
         """The kept entries weight[mask], differentiable.
@@ -297,6 +325,12 @@ def _(mask: Tensor) -> tuple[Tensor, ...]:
     bits = mask.new_empty(((rows * width + 7) // 8,), dtype=torch.uint8)
     sizes = (rows + 1, nnz, width + 1, nnz, nnz)
     return bits, *(mask.new_empty((size,), dtype=torch.int32) for size in sizes)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_block")
+def _(pointers: Tensor, columns: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return pointers.new_empty((size,), dtype=torch.uint8), order.new_empty(order.shape)
 
 
 @torch.library.register_fake("tscnc_kernels::sparsity_unpack")

@@ -30,7 +30,15 @@ from torch import Tensor
 from tscnc_kernels import _backend
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._checks import check_floating
-from tscnc_kernels._masked_algorithms import ALGORITHMS, DENSE, SPARSE, Algorithms, choose
+from tscnc_kernels._masked_algorithms import (
+    ALGORITHMS,
+    DENSE,
+    SPARSE,
+    Algorithms,
+    choose,
+    column_index,
+    row_index,
+)
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -206,7 +214,6 @@ for _name in ("masked_linear", "masked_linear_backward"):
 
 
 class _Options(NamedTuple):
-    shape: tuple[int, ...]
     activation: str
     dense_grad: bool
     assume_masked: bool
@@ -224,7 +231,7 @@ def _forward(
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
     save = save and options.activation == "gelu"
     if options.algorithms.forward != DENSE:
-        index = pattern.row_pointers, pattern.columns
+        index = row_index(pattern, options.algorithms.forward)
         codes = ACTIVATIONS[options.activation], SPARSE[options.algorithms.forward]
         return _native.masked_linear(  # type: ignore[no-any-return]
             input, weight, bias, *index, *codes, save
@@ -255,7 +262,10 @@ def _backward(
             SPARSE.get(algorithms.grad_input, 0),
             SPARSE.get(algorithms.grad_weight, 0),
         )
-        index = pattern.tensors[1:]
+        index = (
+            *row_index(pattern, algorithms.grad_weight),
+            *column_index(pattern, algorithms.grad_input),
+        )
         gradients = _native.masked_linear_backward(
             grad_output, saved, input, weight, *index, *codes, *sparse
         )
@@ -273,23 +283,22 @@ class MaskedLinearFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
-        pattern = SparsityPattern(options.shape, *index)
+    def forward(input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
         return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        input, weight, bias, ctx.options, *index = inputs
+        input, weight, bias, ctx.options, ctx.pattern = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
         saved = result if ctx.options.activation == "relu" else preactivation
-        ctx.save_for_backward(saved, input, weight, bias, *index)
+        ctx.save_for_backward(saved, input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
-        saved, input, weight, bias, *index = ctx.saved_tensors
-        options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
-        pattern = SparsityPattern(options.shape, *index)
+        saved, input, weight, bias = ctx.saved_tensors
+        options, pattern = ctx.options, ctx.pattern
+        needs = wanted_gradients(ctx, (input, weight, bias))
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
             z = F.linear(input, _masked_weight(weight, pattern, dense_grad), bias)
@@ -298,7 +307,7 @@ class MaskedLinearFunction(torch.autograd.Function):
             )
         else:
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
-        return *gradients, None, *(None for _ in index)
+        return *gradients, None, None
 
 
 # torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
@@ -364,12 +373,12 @@ def masked_linear(
     chosen = _backend.select("masked_linear", input.device, backend)
     flat = input if input.ndim == 2 else input.reshape(-1, pattern.shape[1])
     algorithms = choose("masked_linear", pattern, chosen, flat.shape[0], algorithm)
-    options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithms)
+    options = _Options(activation, dense_grad, assume_masked, algorithms)
     bias = None if bias is None else bias.contiguous()
     tensors = [flat, weight] if bias is None else [flat, weight, bias]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, options, *pattern.tensors
+            flat, weight, bias, options, pattern
         )
     else:
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
