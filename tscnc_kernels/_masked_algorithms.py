@@ -49,9 +49,10 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "masked_linear": Family(
-        {"panel": 0, "small_batch": 2, "spmv": 3, "block": 4},
+        {"panel": 0, "blocked": 1, "small_batch": 2, "spmv": 3, "block": 4},
         {
             "panel": Cost(0.058, 0.6, 0.6, 6e3),
+            "blocked": Cost(0.034, 0.6, 1.2, 6e3, (17, 1 << 62)),
             "small_batch": Cost(0.02, 0.6, 0.8, 6e3, (2, 16)),
             "spmv": Cost(0.0, 0.6, 0.5, 6e3, (1, 1)),
             "block": Cost(0.04, 0.6, 0.8, 6e3, (17, 1 << 62)),
@@ -289,3 +290,20 @@ def _new_plan(
     case = op, pattern.shape, pattern.nnz, call
     blocks = pattern.block_shape if len(pattern.shape) == 2 else None
     return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)
+
+
+def row_index(pattern: SparsityPattern, algorithm: str) -> tuple[Tensor, Tensor]:
+    """What the native forward and weight gradient read: row pointers, and the kept entries in the
+    algorithm's form.
+    """
+    blocked = algorithm == "blocked"
+    return pattern.row_pointers, pattern.blocked_rows if blocked else pattern.columns
+
+
+def column_index(pattern: SparsityPattern, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What the native input gradient reads: column pointers, and the algorithm's other index."""
+    if algorithm == "blocked":
+        return pattern.column_pointers, *pattern.blocked_columns
+    if algorithm in ("small_batch", "spmv"):
+        return pattern.column_pointers, pattern.columns, pattern.row_pointers
+    return pattern.column_pointers, pattern.column_rows, pattern.permutation
