@@ -1,6 +1,6 @@
 """Sparse-masked matmul, extreme singular values and penalties for highly pruned networks."""
 
-from tscnc_kernels import nn
+from tscnc_kernels import nn, optim
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
 from tscnc_kernels.nn.sparsify import explain
@@ -10,6 +10,7 @@ from tscnc_kernels.ops.gated_transformed_l1 import gated_transformed_l1
 from tscnc_kernels.ops.hard_concrete import hard_concrete, hard_concrete_active_probability
 from tscnc_kernels.ops.logdet_gram import logdet_gram
 from tscnc_kernels.ops.masked_linear import masked_linear
+from tscnc_kernels.ops.masked_optimizer import masked_adamw_step, masked_sgd_step
 from tscnc_kernels.ops.transformed_l1 import transformed_l1, transformed_l1_value_and_grad
 from tscnc_kernels.ops.transformed_l1_prox import transformed_l1_prox
 from tscnc_kernels.sparsity import SparsityPattern
@@ -27,8 +28,11 @@ __all__ = [
     "hard_concrete",
     "hard_concrete_active_probability",
     "logdet_gram",
+    "masked_adamw_step",
     "masked_linear",
+    "masked_sgd_step",
     "nn",
+    "optim",
     "transformed_l1",
     "transformed_l1_prox",
     "transformed_l1_value_and_grad",

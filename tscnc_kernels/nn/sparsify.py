@@ -12,6 +12,7 @@ from tscnc_kernels import _backend
 from tscnc_kernels.nn._names import check_module, resolve
 from tscnc_kernels.nn.masked_linear import MODES, MaskedLinear
 from tscnc_kernels.ops.masked_linear import PANEL_DENSITY, choose_algorithm
+from tscnc_kernels.optim.masked_optimizer import MaskedOptimizer
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Values mode is the faster one for layers that are at least half empty.
@@ -172,10 +173,14 @@ def update_masks(
     for layer, mask in layers:
         shape = layer.weight.shape
         carry = layer.set_mask(mask)
+        if isinstance(optimizer, MaskedOptimizer):
+            continue
         state = optimizer.state.get(layer.weight, {}) if optimizer is not None else {}
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == shape:
                 state[key] = carry(value)
+    if isinstance(optimizer, MaskedOptimizer):
+        optimizer.follow_masks()
 
 
 def explain(module: nn.Module) -> str:
