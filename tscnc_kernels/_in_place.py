@@ -35,22 +35,28 @@ def run_in_place(
     Tensors in another memory order than row-major are permuted to it if that suffices, else copied,
     and copied back.
     """
-    copies: list[tuple[Tensor, Tensor]] = []
-    lists, gradients = [list(tensors) for tensors in written], list(grads)
-    for index, pattern in enumerate(patterns):
-        everything = [gradients[index], *(tensors[index] for tensors in lists if tensors)]
-        if all(tensor.is_contiguous() for tensor in everything):
-            continue
-        order = _order(lists[0][index], pattern)
-        ordered = [t.permute(order) if t.dim() == len(order) else t for t in everything]
-        dense = [tensor.contiguous() for tensor in ordered]
-        gradients[index] = dense[0]
-        for tensors, view, copy in zip(filter(None, lists), ordered[1:], dense[1:], strict=True):
-            tensors[index] = copy
-            if copy is not view:
-                copies.append((view, copy))
-    op(lists[0], gradients, *lists[1:], *rest)
+    lists, copies = [list(grads), *(list(tensors) for tensors in written)], []
+    for place, tensors in enumerate(zip(*filter(None, lists), strict=True)):
+        if not all([tensor.is_contiguous() for tensor in tensors]):
+            copies += _make_contiguous(lists, place, patterns[place])
+    grads, params, *states = lists
+    op(params, grads, *states, *rest)
     for view, copy in copies:
         view.copy_(copy)
     for changed in written:
         torch.autograd.graph.increment_version(changed)
+
+
+def _make_contiguous(
+    lists: list[list[Tensor]], place: int, pattern: SparsityPattern | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Replaces the tensors of one parameter; returns what was copied with the copies."""
+    copies = []
+    order = _order(lists[1][place], pattern)
+    for tensors in filter(None, lists):
+        tensor = tensors[place]
+        view = tensor.permute(order) if tensor.dim() == len(order) else tensor
+        tensors[place] = view.contiguous()
+        if tensors is not lists[0] and tensors[place] is not view:
+            copies.append((view, tensors[place]))
+    return copies

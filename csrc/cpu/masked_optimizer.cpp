@@ -26,14 +26,24 @@ State<T> state_at(const StepTensor& tensor, int64_t offset) {
   return {at(tensor.first), at(tensor.second), at(tensor.max_second)};
 }
 
+// Loads and stores of whole vectors, and of the `count` entries that are left behind them.
 template <class T>
-Vec<T> load_some(const T* source, int64_t count) {
-  return count >= kLanes<T> ? load(source) : load_partial(source, count);
-}
+struct Whole {
+  Vec<T> load(const T* source) const { return TSCNC_ISA::load(source); }
+  void store(T* target, Vec<T> value) const { TSCNC_ISA::store(target, value); }
+};
+template <class T>
+struct Rest {
+  int64_t count;
+  Vec<T> load(const T* source) const { return load_partial(source, count); }
+  void store(T* target, Vec<T> value) const { store_partial(target, value, count); }
+};
 
-template <class T>
-void store_some(T* target, Vec<T> value, int64_t count) {
-  count >= kLanes<T> ? store(target, value) : store_partial(target, value, count);
+template <class T, class Step>
+void for_vectors(int64_t count, const Step& step) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) step(i, Whole<T>{});
+  if (i < count) step(i, Rest<T>{count - i});
 }
 
 template <class T>
@@ -53,19 +63,19 @@ struct Sgd {
         first_step(o.first_step) {}
 
   void operator()(T* param, const T* grad, State<T> state, int64_t count) const {
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const int64_t left = count - i;
-      const V p = load_some(param + i, left);
-      V g = load_some(grad + i, left);
+    for_vectors<T>(count, [&](int64_t i, auto memory) {
+      const V p = memory.load(param + i);
+      V g = memory.load(grad + i);
       if (maximize) g = -g;
       if (weight_decay != 0) g += weight_decay * p;
       if (state.first != nullptr) {
-        const V buffer = first_step ? g : momentum * load_some(state.first + i, left) + fresh * g;
-        store_some(state.first + i, buffer, left);
+        V buffer = g;
+        if (!first_step) buffer = momentum * memory.load(state.first + i) + fresh * g;
+        memory.store(state.first + i, buffer);
         g = nesterov ? g + momentum * buffer : buffer;
       }
-      store_some(param + i, V(p - lr * g), left);
-    }
+      memory.store(param + i, p - lr * g);
+    });
   }
 };
 
@@ -88,26 +98,25 @@ struct Adamw {
         maximize(o.maximize) {}
 
   void operator()(T* param, const T* grad, State<T> state, int64_t count) const {
-    for (int64_t i = 0; i < count; i += kLanes<T>) {
-      const int64_t left = count - i;
-      V p = load_some(param + i, left), g = load_some(grad + i, left);
-      V m = load_some(state.first + i, left), v = load_some(state.second + i, left);
+    for_vectors<T>(count, [&](int64_t i, auto memory) {
+      V p = memory.load(param + i), g = memory.load(grad + i);
+      V m = memory.load(state.first + i), v = memory.load(state.second + i);
       if (maximize) g = -g;
       if (l2 != 0) g += l2 * p;
       p *= decay;
       m += fresh1 * (g - m);
       v = beta2 * v + fresh2 * g * g;
-      store_some(state.first + i, m, left);
-      store_some(state.second + i, v, left);
+      memory.store(state.first + i, m);
+      memory.store(state.second + i, v);
       if (state.max_second != nullptr) {
-        const V before = load_some(state.max_second + i, left);
+        const V before = memory.load(state.max_second + i);
         // A NaN stays, as in torch.maximum.
         v = v > before || v != v ? v : before;
-        store_some(state.max_second + i, v, left);
+        memory.store(state.max_second + i, v);
       }
       const V root = sqrt<S>(v) * inverse_root + eps;
-      store_some(param + i, V(p - step_size * (m / root)), left);
-    }
+      memory.store(param + i, p - step_size * (m / root));
+    });
   }
 };
 

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from tscnc_kernels._checks import check_number
 from tscnc_kernels.ops.masked_optimizer import LARGEST_BETA, AdamwConstants, run_adamw
-from tscnc_kernels.optim.masked_optimizer import MaskedOptimizer, Params, Patterns, stepped
+from tscnc_kernels.optim.masked_optimizer import (
+    MaskedOptimizer,
+    Params,
+    Patterns,
+    state_tensors,
+    stepped,
+)
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -72,19 +78,20 @@ class MaskedAdamW(MaskedOptimizer):
             group["decoupled_weight_decay"],
             group["maximize"],
         )
-        steps = []
-        for param in params:
-            state = self.state[param]
+        states = [self.state[param] for param in params]
+        for state in states:
             if "step" not in state:
                 state["step"] = torch.zeros(())
-            steps.append(state["step"])
+        maxima = []
+        if group["amsgrad"]:
+            maxima = state_tensors("max_exp_avg_sq", states, params, patterns)
         run_adamw(
             params,
             grads,
-            self._states("exp_avg", params, patterns),
-            self._states("exp_avg_sq", params, patterns),
-            self._states("max_exp_avg_sq", params, patterns) if group["amsgrad"] else [],
-            steps,
+            state_tensors("exp_avg", states, params, patterns),
+            state_tensors("exp_avg_sq", states, params, patterns),
+            maxima,
+            [state["step"] for state in states],
             stepped(params, patterns),
             constants,
         )

@@ -11,7 +11,8 @@ from tscnc_kernels.sparsity import SparsityPattern, remap
 
 MASK_KEY = "mask_bits"
 _PATTERN = "pattern"
-Patterns = dict[Tensor, SparsityPattern]
+# By the parameter's id: hashing a tensor takes half a microsecond.
+Patterns = dict[int, SparsityPattern]
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -47,7 +48,25 @@ def parameter_patterns(model: nn.Module) -> dict[Tensor, SparsityPattern]:
 
 def stepped(params: list[Tensor], patterns: Patterns) -> list[SparsityPattern | None]:
     """The pattern that a step needs; values are their layer's kept entries, all to be stepped."""
-    return [patterns.get(param) if param.dim() > 1 else None for param in params]
+    if not patterns:
+        return [None] * len(params)
+    return [patterns.get(id(param)) if param.dim() > 1 else None for param in params]
+
+
+def state_tensors(
+    key: str, states: list[dict[str, Any]], params: list[Tensor], patterns: Patterns
+) -> list[Tensor]:
+    """One kind of state of each parameter; zeros where there is none yet."""
+    for state, param in zip(states, params, strict=True):
+        if state.get(key) is None:
+            pattern = patterns.get(id(param))
+            if pattern is None:
+                zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
+            else:
+                zeros = param.new_zeros(pattern.nnz)
+                state[_PATTERN] = pattern
+            state[key] = zeros
+    return [state[key] for state in states]
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
@@ -122,27 +141,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         self._follow()
 
     def _follow(self) -> Patterns:
-        patterns = parameter_patterns(self._model)
+        patterns = {id(p): pattern for p, pattern in parameter_patterns(self._model).items()}
         for weight, state in self.state.items():
-            held, pattern = state.get(_PATTERN), patterns.get(weight)
+            held, pattern = state.get(_PATTERN), patterns.get(id(weight))
             if held is not pattern:
                 _carry(state, held, pattern, weight.dim() > 1)
         return patterns
-
-    def _states(self, key: str, params: list[Tensor], patterns: Patterns) -> list[Tensor]:
-        """One kind of state of each parameter; zeros for a parameter that has none yet."""
-        found = []
-        for param in params:
-            state, pattern = self.state[param], patterns.get(param)
-            if state.get(key) is None:
-                if pattern is None:
-                    zeros = torch.zeros_like(param, memory_format=torch.preserve_format)
-                else:
-                    zeros = param.new_zeros(pattern.nnz)
-                    state[_PATTERN] = pattern
-                state[key] = zeros
-            found.append(state[key])
-        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The state, nnz-sized for masked weights, with their masks as packed bits.

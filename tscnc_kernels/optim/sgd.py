@@ -6,7 +6,13 @@ from torch import Tensor, nn
 
 from tscnc_kernels._checks import LARGEST, check_number
 from tscnc_kernels.ops.masked_optimizer import SgdConstants, run_sgd
-from tscnc_kernels.optim.masked_optimizer import MaskedOptimizer, Params, Patterns, stepped
+from tscnc_kernels.optim.masked_optimizer import (
+    MaskedOptimizer,
+    Params,
+    Patterns,
+    state_tensors,
+    stepped,
+)
 
 
 class MaskedSGD(MaskedOptimizer):
@@ -73,17 +79,18 @@ class MaskedSGD(MaskedOptimizer):
         if constants.momentum == 0:
             run_sgd(params, grads, [], stepped(params, patterns), constants)
             return
-        empty = [self.state[param].get("momentum_buffer") is None for param in params]
+        states = [self.state[param] for param in params]
+        empty = [state.get("momentum_buffer") is None for state in states]
         for first_step in (True, False):
             places = [place for place, first in enumerate(empty) if first == first_step]
             if not places:
                 continue
             chosen = [params[place] for place in places]
-            buffers = self._states("momentum_buffer", chosen, patterns)
+            held = [states[place] for place in places]
             run_sgd(
                 chosen,
                 [grads[place] for place in places],
-                buffers,
+                state_tensors("momentum_buffer", held, chosen, patterns),
                 stepped(chosen, patterns),
                 constants._replace(first_step=first_step),
             )
