@@ -1,6 +1,6 @@
 #include "masked_optimizer.h"
 
-#include "vec.h"
+#include "vec_loop.h"
 #include "vec_math.h"
 
 namespace tscnc::TSCNC_ISA {
@@ -24,26 +24,6 @@ State<T> state_at(const StepTensor& tensor, int64_t offset) {
     return data == nullptr ? nullptr : static_cast<T*>(data) + offset;
   };
   return {at(tensor.first), at(tensor.second), at(tensor.max_second)};
-}
-
-// Loads and stores of whole vectors, and of the `count` entries that are left behind them.
-template <class T>
-struct Whole {
-  Vec<T> load(const T* source) const { return TSCNC_ISA::load(source); }
-  void store(T* target, Vec<T> value) const { TSCNC_ISA::store(target, value); }
-};
-template <class T>
-struct Rest {
-  int64_t count;
-  Vec<T> load(const T* source) const { return load_partial(source, count); }
-  void store(T* target, Vec<T> value) const { store_partial(target, value, count); }
-};
-
-template <class T, class Step>
-void for_vectors(int64_t count, const Step& step) {
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) step(i, Whole<T>{});
-  if (i < count) step(i, Rest<T>{count - i});
 }
 
 template <class T>
