@@ -4,6 +4,7 @@ from tscnc_kernels import nn, optim
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
 from tscnc_kernels.nn.sparsify import explain
+from tscnc_kernels.ops.batch_norm_relu import batch_norm_relu
 from tscnc_kernels.ops.condition_number_penalty import condition_number_penalty
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.gated_transformed_l1 import gated_transformed_l1
@@ -20,6 +21,7 @@ __version__: str = build_info()["version"]
 __all__ = [
     "SparsityPattern",
     "available_backends",
+    "batch_norm_relu",
     "build_info",
     "condition_number_penalty",
     "explain",

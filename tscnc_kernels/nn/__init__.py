@@ -1,5 +1,10 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
+from tscnc_kernels.nn.batch_norm_relu import (
+    BatchNormReLU,
+    fuse_batch_norm_relu,
+    split_batch_norm_relu,
+)
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.nn.sparsify import (
     LayerReport,
@@ -11,11 +16,14 @@ from tscnc_kernels.nn.sparsify import (
 )
 
 __all__ = [
+    "BatchNormReLU",
     "LayerReport",
     "MaskedLinear",
     "SparsifyReport",
     "densify",
     "explain",
+    "fuse_batch_norm_relu",
     "sparsify",
+    "split_batch_norm_relu",
     "update_masks",
 ]
