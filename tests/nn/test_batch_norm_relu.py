@@ -129,5 +129,5 @@ def test_copies_and_synchronised_batch_norm_keep_the_relu():
 
 
 def test_only_modules_are_fused():
-    with pytest.raises(TypeError, match="an nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"an nn\.Module, got list"):
         fuse_batch_norm_relu([nn.BatchNorm2d(3), nn.ReLU()])
