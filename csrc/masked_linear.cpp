@@ -72,6 +72,11 @@ void for_rows(const SparseRows& structure, const Function& function) {
                               });
 }
 
+// Codes of tscnc_kernels/_masked_algorithms.py.
+void check_algorithm(int64_t code) {
+  STD_TORCH_CHECK(code == 0, kOp, ": expected the algorithm code 0, got ", code);
+}
+
 // The kept entries of a dense weight, or the values themselves, in the type that they are
 // multiplied in.
 template <class T>
@@ -152,8 +157,9 @@ void run_weight_gradient(const MaskedWeightGradient<T>& call) {
 
 std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
                                              std::optional<Tensor> bias, Tensor row_pointers,
-                                             Tensor columns, int64_t activation,
+                                             Tensor columns, int64_t activation, int64_t algorithm,
                                              bool save_preactivation) {
+  check_algorithm(algorithm);
   STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
                   " dimensions");
   const SparseRows structure =
@@ -229,7 +235,10 @@ std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Te
 std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
     Tensor grad_output, Tensor saved, Tensor input, Tensor weight, Tensor row_pointers,
     Tensor columns, Tensor column_pointers, Tensor column_rows, Tensor permutation,
-    int64_t activation, bool needs_input, bool needs_weight, bool needs_bias) {
+    int64_t activation, int64_t input_algorithm, int64_t weight_algorithm, bool needs_input,
+    bool needs_weight, bool needs_bias) {
+  check_algorithm(input_algorithm);
+  check_algorithm(weight_algorithm);
   STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
                   " dimensions");
   const SparseRows rows =
@@ -271,13 +280,13 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
       "masked_linear(Tensor input, Tensor weight, Tensor? bias, Tensor row_pointers, "
-      "Tensor columns, int activation, bool save_preactivation) -> "
+      "Tensor columns, int activation, int algorithm, bool save_preactivation) -> "
       "(Tensor output, Tensor preactivation)");
   m.def(
       "masked_linear_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, "
       "Tensor row_pointers, Tensor columns, Tensor column_pointers, Tensor column_rows, "
-      "Tensor permutation, int activation, bool needs_input, bool needs_weight, "
-      "bool needs_bias) -> "
+      "Tensor permutation, int activation, int input_algorithm, int weight_algorithm, "
+      "bool needs_input, bool needs_weight, bool needs_bias) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 

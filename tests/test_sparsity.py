@@ -244,5 +244,5 @@ def test_the_native_op_refuses_an_unknown_activation_code(code):
     index = pattern.row_pointers, pattern.columns
     with pytest.raises(RuntimeError, match=f"from 0 to 2, got {code}"):
         torch.ops.tscnc_kernels.masked_linear(
-            torch.ones(1, 3), torch.ones(4), None, *index, code, False
+            torch.ones(1, 3), torch.ones(4), None, *index, code, 0, False
         )

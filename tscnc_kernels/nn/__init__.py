@@ -1,23 +1,27 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
+from tscnc_kernels.nn._fuse import FusedActivation
 from tscnc_kernels.nn.batch_norm_relu import (
     BatchNormReLU,
     fuse_batch_norm_relu,
     split_batch_norm_relu,
 )
+from tscnc_kernels.nn.explain import explain
+from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.nn.sparsify import (
     LayerReport,
     SparsifyReport,
     densify,
-    explain,
     sparsify,
     update_masks,
 )
 
 __all__ = [
     "BatchNormReLU",
+    "FusedActivation",
     "LayerReport",
+    "MaskedConv2d",
     "MaskedLinear",
     "SparsifyReport",
     "densify",

@@ -28,8 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._activation import ACTIVATIONS, activate, activation_gradient
+from tscnc_kernels._apply import eager_apply, is_eager
 from tscnc_kernels._autocast import autocast_dtype, cast
-from tscnc_kernels._checks import check_floating
+from tscnc_kernels._autotune import DENSE
+from tscnc_kernels._checks import check_masked_operands, check_name
+from tscnc_kernels._masked_algorithms import ALGORITHMS, SPARSE, Call, Choice, choose
+from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -38,12 +43,6 @@ from tscnc_kernels.sparsity import SparsityPattern
 BACKENDS = ("native", "reference")
 _backend.register("masked_linear", BACKENDS)
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
-ALGORITHMS = ("panel", "dense")
-# Above this density torch's GEMM is expected to win over a training step: without cache blocking
-# the panel kernel reaches about a third of the GEMM's rate (rows of
-# benchmarks/results/*/masked_linear.csv).
-PANEL_DENSITY = 0.35
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -60,17 +59,7 @@ def _check(
         raise TypeError(f"expected pattern to be a SparsityPattern, got {type(pattern).__name__}")
     if len(pattern.shape) != 2:
         raise ValueError(f"expected a pattern of shape (N, K), got {pattern.shape}")
-    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, tensor in named.items():
-        check_floating(name, tensor)
-        if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != pattern.device:
-            raise ValueError(
-                f"expected {name} on the pattern's device {pattern.device}, got {tensor.device}"
-            )
+    check_masked_operands(input, weight, bias, pattern)
     rows, width = pattern.shape
     if input.ndim == 0 or input.shape[-1] != width:
         raise ValueError(f"expected input of shape (..., {width}), got {tuple(input.shape)}")
@@ -81,63 +70,14 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"expected bias of shape ({rows},), got {tuple(bias.shape)}")
-    if activation not in tuple(ACTIVATIONS):
-        raise ValueError(
-            f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"expected algorithm to be None or one of {', '.join(ALGORITHMS)}, got {algorithm!r}"
-        )
+    check_name("activation", activation, ACTIVATIONS)
+    if algorithm is not None:
+        check_name("algorithm", algorithm, ALGORITHMS)
     if dense_grad and weight.ndim == 1:
         raise ValueError(
             f"dense_grad=True needs a dense weight of shape ({rows}, {width}), got values of shape "
             f"{tuple(weight.shape)}"
         )
-
-
-class _KeepGradient(torch.autograd.Function):
-    """W ∘ M whose gradient passes the mask unchanged."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return weight.where(mask, weight.new_zeros(()))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        pass
-
-    @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        return grad_output, None
-
-
-def _masked_weight(weight: Tensor, pattern: SparsityPattern, dense_grad: bool = False) -> Tensor:
-    """W ∘ M, zero off the mask even where W is not finite."""
-    if weight.ndim == 1:
-        return pattern.scatter(weight)
-    if dense_grad:
-        return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return,no-untyped-call]
-    return weight.where(pattern.mask, weight.new_zeros(()))
-
-
-def _activate(z: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return F.relu(z)
-    return F.gelu(z) if activation == "gelu" else z
-
-
-def _activation_gradient(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """The gradient dY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
-    if activation == "relu":
-        return grad_output.masked_fill(saved <= 0, 0)
-    if activation == "gelu":
-        distribution = 0.5 * (1 + torch.erf(saved * 0.5**0.5))
-        density = torch.exp(-0.5 * saved * saved) * (2 * torch.pi) ** -0.5
-        return grad_output * (distribution + saved * density)
-    return grad_output
 
 
 def reference(
@@ -150,7 +90,7 @@ def reference(
     dense_grad: bool = False,
 ) -> Tensor:
     """Plain torch, differentiable to any order."""
-    return _activate(F.linear(input, _masked_weight(weight, pattern, dense_grad), bias), activation)
+    return activate(F.linear(input, masked_weight(weight, pattern, dense_grad), bias), activation)
 
 
 def reference_backward(
@@ -168,8 +108,8 @@ def reference_backward(
     `saved` is Z (B, N), needed only with an activation. `needs` tells which of the gradients of
     input, weight and bias to compute; the others are None.
     """
-    gradient = _activation_gradient(grad_output, saved, activation)
-    grad_input = gradient @ _masked_weight(weight, pattern, dense_grad) if needs[0] else None
+    gradient = activation_gradient(grad_output, saved, activation)
+    grad_input = gradient @ masked_weight(weight, pattern, dense_grad) if needs[0] else None
     grad_weight = gradient.t() @ input if needs[1] else None
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = pattern.gather(grad_weight)
@@ -210,11 +150,18 @@ for _name in ("masked_linear", "masked_linear_backward"):
 
 
 class _Options(NamedTuple):
+    # None where the index comes as tensors, which tracing and functorch need to see.
+    pattern: SparsityPattern | None
     shape: tuple[int, ...]
     activation: str
     dense_grad: bool
     assume_masked: bool
-    algorithm: str
+    algorithms: Choice
+
+
+def _pattern(options: _Options, index: Sequence[Tensor]) -> SparsityPattern:
+    found = options.pattern
+    return SparsityPattern(options.shape, *index) if found is None else found
 
 
 def _forward(
@@ -226,15 +173,29 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
-    save = save and options.activation == "gelu"
-    if options.algorithm == "panel":
+    case = input, weight, bias, pattern, options, save and options.activation == "gelu"
+    name = options.algorithms.pick("forward", lambda name: _product(name, *case), (input, weight))
+    return _product(name, *case)
+
+
+def _product(
+    algorithm: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: SparsityPattern,
+    options: _Options,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    if algorithm != DENSE:
         index = pattern.row_pointers, pattern.columns
+        codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
         return _native.masked_linear(  # type: ignore[no-any-return]
-            input, weight, bias, *index, ACTIVATIONS[options.activation], save
+            input, weight, bias, *index, *codes, save
         )
     held = options.assume_masked and weight.ndim == 2
-    z = F.linear(input, weight if held else _masked_weight(weight, pattern), bias)
-    return _activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
+    z = F.linear(input, weight if held else masked_weight(weight, pattern), bias)
+    return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
 
 
 def _backward(
@@ -247,20 +208,53 @@ def _backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """First derivatives; `saved` is Y for relu and Z for gelu."""
-    activation, dense_grad = options.activation, options.dense_grad
-    if options.algorithm != "panel":
-        return reference_backward(
-            grad_output, saved, input, weight, pattern, activation, dense_grad, needs
+    tensors = grad_output, saved, input, weight
+    pick, for_input, for_weight = options.algorithms.pick, DENSE, DENSE
+    if needs[0]:
+        for_input = pick(
+            "grad_input",
+            lambda name: _gradients(name, DENSE, *tensors, pattern, options, (True, False, False)),
+            tensors,
         )
-    index, code = pattern.tensors[1:], ACTIVATIONS[activation]
-    wanted = needs[0], needs[1] and not dense_grad, needs[2]
-    found = _native.masked_linear_backward(grad_output, saved, input, weight, *index, code, *wanted)
-    grad_input, grad_weight, grad_bias = (
-        g if n else None for g, n in zip(found, needs, strict=True)
-    )
-    if needs[1] and dense_grad:
-        grad_weight = _activation_gradient(grad_output, saved, activation).t() @ input
-    return grad_input, grad_weight, grad_bias
+    if needs[1] and not options.dense_grad:
+        wanted = False, True, needs[2]
+        for_weight = pick(
+            "grad_weight",
+            lambda name: _gradients(DENSE, name, *tensors, pattern, options, wanted),
+            tensors,
+        )
+    return _gradients(for_input, for_weight, *tensors, pattern, options, needs)
+
+
+def _gradients(
+    for_input: str,
+    for_weight: str,
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    options: _Options,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients by named algorithms; that of the bias comes with the weight's."""
+    activation, dense_grad = options.activation, options.dense_grad
+    sparse_weight = for_weight != DENSE
+    sparse = needs[0] and for_input != DENSE, needs[1] and sparse_weight, needs[2] and sparse_weight
+    found: Sequence[Tensor | None] = (None, None, None)
+    if True in sparse:
+        codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
+        found = _native.masked_linear_backward(
+            grad_output, saved, input, weight, *pattern.tensors[1:], *codes, *sparse
+        )
+    dense = [need and not done for need, done in zip(needs, sparse, strict=True)]
+    rest: Gradients = (None, None, None)
+    if True in dense:
+        rest = reference_backward(
+            grad_output, saved, input, weight, pattern, activation, dense_grad, dense
+        )
+    merged = [f if done else r for f, r, done in zip(found, rest, sparse, strict=True)]
+    return merged[0], merged[1], merged[2]
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -268,7 +262,7 @@ class MaskedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
-        pattern = SparsityPattern(options.shape, *index)
+        pattern = _pattern(options, index)
         return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
@@ -276,6 +270,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         input, weight, bias, ctx.options, *index = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
+        ctx.set_materialize_grads(False)
         saved = result if ctx.options.activation == "relu" else preactivation
         ctx.save_for_backward(saved, input, weight, bias, *index)
 
@@ -283,10 +278,12 @@ class MaskedLinearFunction(torch.autograd.Function):
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
         saved, input, weight, bias, *index = ctx.saved_tensors
         options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
-        pattern = SparsityPattern(options.shape, *index)
+        if grad_output is None:
+            return None, None, None, None, *(None for _ in index)
+        pattern = _pattern(options, index)
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
-            z = F.linear(input, _masked_weight(weight, pattern, dense_grad), bias)
+            z = F.linear(input, masked_weight(weight, pattern, dense_grad), bias)
             gradients = reference_backward(
                 grad_output, z, input, weight, pattern, activation, dense_grad, needs
             )
@@ -299,25 +296,7 @@ class MaskedLinearFunction(torch.autograd.Function):
 MaskedLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     MaskedLinearFunction.forward
 )
-
-
-def choose_algorithm(pattern: SparsityPattern, backend: str, algorithm: str | None = None) -> str:
-    """The algorithm that `masked_linear` runs: the one asked for, else by a closed-form rule.
-
-    The rule is "panel" where the native backend runs and the density is at most `PANEL_DENSITY`,
-    else "dense".
-
-    Raises:
-        RuntimeError: "panel" was asked for on a backend without it.
-    """
-    if algorithm == "panel" and backend != "native":
-        raise RuntimeError(
-            f"masked_linear: algorithm 'panel' needs the native backend, got {backend!r} "
-            f"on {pattern.device}"
-        )
-    if algorithm is not None:
-        return algorithm
-    return "panel" if backend == "native" and pattern.density <= PANEL_DENSITY else "dense"
+_apply_eagerly = eager_apply(MaskedLinearFunction)
 
 
 def masked_linear(
@@ -348,7 +327,7 @@ def masked_linear(
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
         algorithm: "panel" (native, on the kept entries), "dense" (torch's GEMM on W ∘ M); None
-            chooses by density, see `choose_algorithm`.
+            chooses by density.
 
     Returns:
         (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
@@ -374,16 +353,45 @@ def masked_linear(
         input, weight = cast(input, dtype), cast(weight, dtype)
         bias = None if bias is None else cast(bias, dtype)
     _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
-    chosen = _backend.select("masked_linear", input.device, backend)
-    algorithm = choose_algorithm(pattern, chosen, algorithm)
-    options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithm)
-    flat = input if input.ndim == 2 else input.reshape(-1, pattern.shape[1])
+    return masked_linear_unchecked(
+        *(input, weight, pattern, bias, activation),
+        dense_grad=dense_grad,
+        assume_masked=assume_masked,
+        backend=backend,
+        algorithm=algorithm,
+    )
+
+
+def masked_linear_unchecked(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    dense_grad: bool = False,
+    assume_masked: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> Tensor:
+    """`masked_linear` on arguments that its checks have passed, and without autocast."""
+    chosen = _backend.select("masked_linear", pattern.device, backend)
+    flat = input if input.dim() == 2 else input.reshape(-1, pattern.shape[1])
     bias = None if bias is None else bias.contiguous()
-    tensors = [flat, weight] if bias is None else [flat, weight, bias]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    eager = is_eager()
+    call = Call.of(flat, weight, assume_masked) if eager else None
+    algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
+    options = _Options(
+        *(pattern if eager else None, pattern.shape, activation),
+        *(dense_grad, assume_masked, algorithms),
+    )
+    wanted = flat.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (wanted and torch.is_grad_enabled()):
+        output, _ = _forward(flat, weight, bias, pattern, options, save=False)
+    elif eager:
+        output, _ = _apply_eagerly(flat, weight, bias, options)
+    else:
         output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
             flat, weight, bias, options, *pattern.tensors
         )
-    else:
-        output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    return output if input.ndim == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
+    return output if input.dim() == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
