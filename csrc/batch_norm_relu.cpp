@@ -49,9 +49,17 @@ std::vector<double> per_channel(const std::optional<Tensor>& tensor, int64_t cha
   if (!tensor.has_value()) return values;
   STD_TORCH_CHECK(tensor->is_cpu() && tensor->numel() == channels, kOp, ": expected ", name, " of ",
                   channels, " entries on the CPU, got ", tensor->numel());
+  // Without torch's dispatcher, which costs microseconds, where nothing has to be converted first.
+  const ScalarType dtype = tensor->scalar_type();
+  const bool direct =
+      tensor->is_contiguous() && (dtype == ScalarType::Float || dtype == ScalarType::Double);
   const Tensor exact =
-      torch::stable::contiguous(torch::stable::to(*tensor, torch::headeronly::ScalarType::Double));
-  std::copy_n(data<double>(exact), channels, values.begin());
+      direct ? *tensor : torch::stable::contiguous(torch::stable::to(*tensor, ScalarType::Double));
+  if (exact.scalar_type() == ScalarType::Float) {
+    std::copy_n(data<float>(exact), channels, values.begin());
+  } else {
+    std::copy_n(data<double>(exact), channels, values.begin());
+  }
   return values;
 }
 

@@ -6,9 +6,11 @@
 namespace tscnc::TSCNC_ISA {
 namespace {
 
-// Kept entries that are gathered, stepped and scattered together. Their lines of parameter and
-// gradient, prefetched, fill half of a 32 KB first-level cache.
-constexpr int64_t kGathered = 128;
+// Kept entries that are gathered, stepped and scattered together. The lines of parameter and
+// gradient of two such groups fill half of a 32 KB first-level cache.
+constexpr int64_t kGathered = 64;
+// One kept entry in so many leaves most lines of 16 floats with one.
+constexpr int64_t kSparseRows = 8;
 
 // The state of one tensor, from its entry `offset` on.
 template <class T>
@@ -100,38 +102,72 @@ struct Adamw {
   }
 };
 
-// Applies `step` to the kept entries of rows [begin, end).
+// Gathers entries of parameter and gradient, steps them, and scatters the parameter.
+template <class T, class Step, class Index>
+void step_at(T* params, const T* grads, const Index* places, int64_t count, const Step& step,
+             State<T> state) {
+  T param[kGathered], grad[kGathered];
+  for (int64_t i = 0; i < count; ++i) param[i] = params[places[i]];
+  for (int64_t i = 0; i < count; ++i) grad[i] = grads[places[i]];
+  step(param, grad, state, count);
+  for (int64_t i = 0; i < count; ++i) params[places[i]] = param[i];
+}
+
+// Rows of which most cache lines hold a kept entry: the hardware fetches them ahead.
+template <class T, class Step>
+void run_full_rows(const StepTensor& tensor, const Step& step, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    T* const params = static_cast<T*>(tensor.param) + row * tensor.width;
+    const T* const grads = static_cast<const T*>(tensor.grad) + row * tensor.width;
+    const int64_t last = tensor.pointers[row + 1];
+    for (int64_t j = tensor.pointers[row]; j < last; j += kGathered) {
+      const int64_t count = last - j < kGathered ? last - j : kGathered;
+      step_at(params, grads, tensor.columns + j, count, step, state_at<T>(tensor, j));
+    }
+  }
+}
+
+// Applies `step` to the kept entries of rows [begin, end). While one group of them is stepped, the
+// lines of the next one are on their way.
 template <class T, class Step>
 void run_rows(const StepTensor& tensor, const Step& step, int64_t begin, int64_t end) {
   T* const params = static_cast<T*>(tensor.param);
   const T* const grads = static_cast<const T*>(tensor.grad);
-  int64_t positions[kGathered];
-  T param[kGathered], grad[kGathered];
-  int64_t count = 0, done = tensor.pointers[begin];
-  const auto flush = [&] {
-    for (int64_t i = 0; i < count; ++i) param[i] = params[positions[i]];
-    for (int64_t i = 0; i < count; ++i) grad[i] = grads[positions[i]];
-    step(param, grad, state_at<T>(tensor, done), count);
-    for (int64_t i = 0; i < count; ++i) params[positions[i]] = param[i];
-    done += count;
-    count = 0;
+  int64_t groups[2][kGathered];
+  int64_t *coming = groups[0], *waiting = groups[1];
+  int64_t count = 0, waits = 0, done = tensor.pointers[begin];
+  const auto apply = [&](const int64_t* places, int64_t n) {
+    step_at(params, grads, places, n, step, state_at<T>(tensor, done));
+    done += n;
   };
   for (int64_t row = begin; row < end; ++row) {
     const int64_t start = row * tensor.width;
     for (int64_t j = tensor.pointers[row]; j < tensor.pointers[row + 1]; ++j) {
-      const int64_t position = start + tensor.columns[j];
-      __builtin_prefetch(params + position, 1);
-      __builtin_prefetch(grads + position);
-      positions[count] = position;
-      if (++count == kGathered) flush();
+      const int64_t place = start + tensor.columns[j];
+      __builtin_prefetch(params + place, 1);
+      __builtin_prefetch(grads + place);
+      coming[count] = place;
+      if (++count < kGathered) continue;
+      apply(waiting, waits);
+      int64_t* const full = coming;
+      coming = waiting;
+      waiting = full;
+      waits = count;
+      count = 0;
     }
   }
-  flush();
+  apply(waiting, waits);
+  apply(coming, count);
 }
 
 template <class T, class Step>
 void run(const StepTensor& tensor, const Step& step, int64_t begin, int64_t end) {
-  if (tensor.pointers != nullptr) return run_rows<T>(tensor, step, begin, end);
+  if (tensor.pointers != nullptr) {
+    const int64_t kept = tensor.pointers[end] - tensor.pointers[begin];
+    const bool full = kept * kSparseRows >= (end - begin) * tensor.width;
+    return full ? run_full_rows<T>(tensor, step, begin, end)
+                : run_rows<T>(tensor, step, begin, end);
+  }
   step(static_cast<T*>(tensor.param) + begin, static_cast<const T*>(tensor.grad) + begin,
        state_at<T>(tensor, begin), end - begin);
 }
