@@ -331,3 +331,24 @@ def test_bad_arguments_are_named(make, error, message):
     model = model_of()
     with pytest.raises(error, match=message):
         make(list(model.parameters()), model)
+
+
+@pytest.mark.parametrize("mode", ["dense", "values"])
+def test_masked_convolutions_are_stepped_alike(mode):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 6, 3)
+    mask = torch.rand(6, 3, 3, 3) < 0.3
+    model = nn.Sequential(tnn.MaskedConv2d.from_conv(copy.deepcopy(conv), mask, mode))
+    twin = nn.Sequential(tnn.MaskedConv2d.from_conv(conv, mask, "dense"))
+    ours = MaskedAdamW(model.parameters(), **ADAMW, model=model)
+    for network, optimizer in (
+        (model, ours),
+        (twin, torch.optim.AdamW(twin.parameters(), **ADAMW)),
+    ):
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            network(torch.randn(2, 3, 7, 7, generator=generator)).square().mean().backward()
+            optimizer.step()
+    assert ours.state[model[0].weight]["exp_avg"].shape == (int(mask.sum()),)
+    check_close(model[0].dense_weight, twin[0].dense_weight, 2e-5, "weight")
