@@ -55,8 +55,12 @@ def load_average() -> float:
 
 
 def pin(threads: int) -> None:
-    """Give torch `threads` threads and tie the process to as many CPUs where the system can."""
+    """Give torch `threads` threads and tie the process to as many CPUs where the system can.
+
+    A peer's OpenMP library reads its number of threads when it is loaded, which comes later.
+    """
     torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, set(allowed[-threads:]))
