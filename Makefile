@@ -12,7 +12,7 @@ endif
 export PYTHONPATH := $(CURDIR):$(CURDIR)/python
 PACKAGES := torch numpy setuptools wheel pybind11 ninja pytest pytest-xdist scipy pyyaml safetensors \
             tqdm matplotlib ruff mypy clang-format
-NATIVE = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' \
+NATIVE = $(shell git ls-files 'benchmarks/*.cpp' 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' \
            'tests/*.cpp' 'tests/*.cu')
 
 .PHONY: install build demo test lint bench bench-peers gpu clean

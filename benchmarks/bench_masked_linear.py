@@ -3,10 +3,10 @@
 Work is counted on the kept entries alone, for every provider: 2·B·nnz flops forward, three times
 that with the gradients of the input and of the weight. So a dense provider's rate falls with the
 sparsity, and the ratio of two rates is the ratio of their times. All columns include bias, autograd
-and layout conversions, but for those that say otherwise: "MKL CSR, feature-major" reads a transposed
-input, "ours, raw ops" leaves out Python and autograd. The dense layer's weight gradient is masked,
-as ours is. "(N, K) gradient fill" is the price of the zeros that a dense weight's gradient must
-hold, inside "ours, dense weight".
+and layout conversions but two: "MKL CSR, feature-major" reads a transposed input, "ours, raw ops"
+leaves out Python and autograd. The dense layer's weight gradient is masked, as ours is. "(N, K)
+gradient fill" is the price of the zeros that a dense weight's gradient must hold, inside "ours,
+dense weight".
 
 A dense bf16 product is emulated on CPUs without bf16 instructions; "F.linear in fp32" is then the
 baseline to beat.
@@ -88,9 +88,7 @@ def _peer(adapter: Callable[[Problem], Layer], case: Case, problem: Problem) -> 
     return ours.timed(case.mode, problem, adapter(problem))
 
 
-def _slow_peer(
-    adapter: Callable[[Problem], Layer], case: Case, problem: Problem
-) -> Timed:
+def _slow_peer(adapter: Callable[[Problem], Layer], case: Case, problem: Problem) -> Timed:
     if case.work > SLOW_WORK:
         raise UnavailableError("far slower than dense; measured on fewer kept entries only")
     return _peer(adapter, case, problem)

@@ -50,7 +50,8 @@ def table(times: Times, chosen: Sequence[Target], only_measured: bool = False) -
             if only_measured and not any(ratios):
                 continue
             cells = [
-                _cell(ratio, target.at(shape, s)) for ratio, s in zip(ratios, SPARSITIES, strict=True)
+                _cell(ratio, target.at(shape, s))
+                for ratio, s in zip(ratios, SPARSITIES, strict=True)
             ]
             rows.append([target.name, shape, *cells])
     if not rows:
@@ -113,11 +114,13 @@ def rising_times(times: Times) -> list[str]:
 def other_targets(times: Times) -> Iterator[str]:
     """Mask rebuild, two threads, and the share of VGG-16's ceiling."""
     for sparsity in SPARSITIES:
-        case = times.by_case.get(("sparsity_pattern", "build", "2048x2048", "bool", sparsity, 1), {})
+        case = times.by_case.get(
+            ("sparsity_pattern", "build", "2048x2048", "bool", sparsity, 1), {}
+        )
         forward = times.by_case.get(
             ("masked_linear", "forward", "128x2048x2048", "float32", sparsity, 1), {}
         )
-        built, product = case.get("SparsityPattern.from_mask"), forward.get("ours, values")
+        built, product = case.get("SparsityPattern"), forward.get("ours, values")
         if built is not None:
             limit = targets.REBUILD_MS if product is None else min(targets.REBUILD_MS, product)
             mark = "" if built <= limit else " !"
@@ -129,7 +132,9 @@ def other_targets(times: Times) -> Iterator[str]:
             mark = "" if _rounded(gain) >= targets.TWO_THREADS else " !"
             yield f"two threads, {_name(key)}: {gain:.3g}/{targets.TWO_THREADS:g}{mark}"
     for sparsity in SPARSITIES:
-        case = times.by_case.get(("train_step", "pgd10_step", "vgg-16", "float32", sparsity, 1), {})
+        case = times.by_case.get(
+            ("train_step", "pgd10_step", targets.VGG, "float32", sparsity, 1), {}
+        )
         if {"ours", "dense, masked", "free convolutions"} <= set(case):
             ceiling = case["dense, masked"] / case["free convolutions"]
             gain = case["dense, masked"] / case["ours"]

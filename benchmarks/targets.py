@@ -59,6 +59,8 @@ class Target:
         return None if ratio is None else ratio * self.shapes[shape]
 
 
+VGG = "vgg-16-b32"
+TRAIN_SHAPES = ("mlp-2048-b128", "lenet-300-100-b128", VGG, "resnet-18-b16", "wrn-28-4-b16")
 SINGLE = {"1x4096x4096": 1.0}
 SPARSEPROP_CONV = ("SparseProp over batch", "SparseProp over width")
 # fmt: off
@@ -79,7 +81,7 @@ TABLE = (
            (None, 1.7, 2.5, 4.6, 8.8, 22, 45, None), "forward"),
     Target("batch 1 vs MKL CSR", "masked_linear", ("MKL CSR, feature-major",), SINGLE,
            (None, None, 4, 3.4, 2.8, 2.7, 2.7, None), "forward"),
-    Target("PGD-10 step vs dense-masked", "train_step", ("dense, masked",), {"mlp-2048": 1.0},
+    Target("PGD-10 step vs dense-masked", "train_step", ("dense, masked",), {"mlp-2048-b128": 1.0},
            (None, None, None, None, None, None, 15, None), "pgd10_step", ours="ours"),
 )
 # fmt: on
@@ -106,7 +108,7 @@ INFORMATION = (
         "PGD-10 step vs dense-masked",
         "train_step",
         ("dense, masked",),
-        dict.fromkeys(("vgg-16", "resnet-18", "wrn-28-4", "lenet-300-100"), 1.0),
+        dict.fromkeys(TRAIN_SHAPES[1:], 1.0),
         (None,) * 8,
         "pgd10_step",
         ours="ours",
@@ -115,7 +117,7 @@ INFORMATION = (
         "PGD-10 step vs SparseProp",
         "train_step",
         ("SparseProp",),
-        dict.fromkeys(("vgg-16", "resnet-18", "wrn-28-4", "lenet-300-100", "mlp-2048"), 1.0),
+        dict.fromkeys(TRAIN_SHAPES, 1.0),
         (None,) * 8,
         "pgd10_step",
         ours="ours",
