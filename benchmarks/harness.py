@@ -31,7 +31,7 @@ SAMPLE_SECONDS = 2e-3
 SLOW_ROUND_SECONDS, SLOW_ROUNDS = 3.0, 3
 ROTATED_BYTES = 256 << 20
 # Rates assumed to predict how long a case takes, where its provider is no faster than a dense one.
-ASSUMED_GFLOPS, ASSUMED_GBYTES = 30.0, 5.0
+ASSUMED_GFLOPS, ASSUMED_GBYTES = 50.0, 5.0
 
 Call = Callable[[], Any]
 Clock = Callable[[], float]
