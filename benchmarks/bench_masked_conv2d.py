@@ -69,6 +69,8 @@ OTHER_SHAPES = [
 ]
 SPARSITIES = [0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999]
 MODES = ["forward", "forward_backward"]
+# torch's own weight gradient sums 50 000 products of a 56² layer one after the other in fp32.
+TOLERANCE = 5e-5
 
 
 def inputs(
@@ -104,6 +106,7 @@ def case(shape: Shape, sparsity: float, mode: str) -> Case:
         dense_work=dense_work,
         unit="GF/s",
         sparsity=sparsity,
+        tolerance=TOLERANCE,
     )
 
 

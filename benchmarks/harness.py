@@ -269,12 +269,12 @@ def _gated_calls(
     for provider in providers:
         generator = torch.Generator().manual_seed(0)
         try:
-            # Fresh for every provider, so that none sees what another made of them.
+            # Fresh for every provider, as for the reference: none sees what another made of them.
             arguments = case.inputs(generator, device)
             timed = _timed(provider, case, arguments)
             result = timed.outputs(timed.call())
             if provider.gated:
-                expected = case.expected(*arguments) if expected is None else expected
+                expected = _expected(case, device) if expected is None else expected
                 reason = disagreement(result, expected, tolerance)
                 if reason is not None:
                     raise AssertionError(f"WRONG beyond {tolerance:g}, {reason}")
@@ -286,6 +286,10 @@ def _gated_calls(
             copies.append(_timed(provider, case, case.inputs(generator, device)).call)
         calls[provider.name] = copies
     return calls
+
+
+def _expected(case: Case, device: torch.device) -> Outputs:
+    return case.expected(*case.inputs(torch.Generator().manual_seed(0), device))
 
 
 def _timed(provider: Provider, case: Case, arguments: tuple[Any, ...]) -> Timed:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    bench_masked_chain,
     bench_masked_linear,
     bench_roofline,
     bench_sparsity_pattern,
@@ -39,7 +40,7 @@ def gated(case: Case, providers: list[Provider]) -> set[str]:
             continue
         outputs = timed.outputs(timed.call())
         if provider.gated:
-            reason = harness.disagreement(outputs, case.expected(*arguments), 1e-5)
+            reason = harness.disagreement(outputs, harness._expected(case, CPU), 1e-5)
             assert reason is None, f"{provider.name}: {reason}"
         found.add(provider.name)
     return found
@@ -110,6 +111,11 @@ def test_every_layer_of_a_small_step_agrees():
     network = Network("lenet-300-100", (1, 6, 6), 8)
     found = gated(bench_train_step.case(network, 0.9), bench_train_step.PROVIDERS[:2])
     assert found == {"ours", "dense, masked"}
+
+
+def test_every_way_through_a_chain_of_layers_agrees():
+    found = gated(bench_masked_chain._case((16, 48), 0.8), bench_masked_chain.PROVIDERS)
+    assert {"ours, sparsify", "ours, layer by layer", "dense", "torch.sparse.mm CSR"} <= found
 
 
 def test_free_convolutions_leave_everything_else():
