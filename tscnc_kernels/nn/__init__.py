@@ -1,5 +1,6 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
+from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.nn.sparsify import (
     LayerReport,
@@ -12,6 +13,7 @@ from tscnc_kernels.nn.sparsify import (
 
 __all__ = [
     "LayerReport",
+    "MaskedConv2d",
     "MaskedLinear",
     "SparsifyReport",
     "densify",

@@ -11,7 +11,8 @@ from torch.nn.utils import prune
 from tscnc_kernels import _backend
 from tscnc_kernels._masked_algorithms import PANEL_DENSITY, choose
 from tscnc_kernels.nn._names import check_module, resolve
-from tscnc_kernels.nn.masked_linear import MODES, MaskedLinear
+from tscnc_kernels.nn.masked_layer import MODES
+from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Values mode is the faster one for layers that are at least half empty.
