@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import (
     bench_masked_chain,
+    bench_masked_conv2d,
     bench_masked_linear,
     bench_roofline,
     bench_sparsity_pattern,
@@ -19,6 +20,7 @@ from benchmarks import (
     summary,
     targets,
 )
+from benchmarks.bench_masked_conv2d import Shape
 from benchmarks.harness import Case, Provider, UnavailableError
 from benchmarks.networks import NETWORKS, Network, macs
 from benchmarks.targets import Target
@@ -65,6 +67,18 @@ def test_half_precision_has_its_own_dense_baselines():
         assert harness.disagreement(timed.outputs(timed.call()), want, 1.6e-2) is None
     with pytest.raises(UnavailableError, match="fp32"):
         peers.sparse_mm(problem)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(8, 6, 8), Shape(8, 4, 5, 6, stride=2), Shape(8, 8, 4, kernel=1)],
+    ids=lambda shape: shape.name,
+)
+def test_every_convolution_provider_agrees(mode, shape):
+    found = gated(bench_masked_conv2d.case(shape, 0.8, mode), bench_masked_conv2d.PROVIDERS)
+    assert {"ours, values", "ours, dense weight", "ours, plane", "ours, dense"} <= found
+    assert {"F.conv2d", "F.conv2d(W * mask)"} <= found
 
 
 @pytest.mark.parametrize("what", ["output", "weight gradient"])
@@ -195,12 +209,10 @@ def test_the_share_of_the_ceiling_is_of_the_same_dense_step():
 
 
 def test_every_target_names_a_case_and_providers_that_exist():
-    benches = (bench_masked_linear, bench_train_step)
+    benches = (bench_masked_linear, bench_masked_conv2d, bench_train_step)
     cases = {(c.op, c.mode, c.shape, c.sparsity) for b in benches for c in b.CASES}
     names = {p.name for b in benches for p in b.PROVIDERS}
     for target in targets.TABLE:
-        if target.op == "masked_conv2d":
-            continue
         assert {target.ours, *target.peers} <= names, target.name
         for shape in target.shapes:
             for s in targets.SPARSITIES:
