@@ -141,7 +141,9 @@ INFERENCE = {"ours, values", "F.linear", "F.linear in fp32", "MKL CSR, feature-m
 def essential(case: Case, provider: Provider) -> bool:
     """What the table of targets needs."""
     if case.mode == "forward_backward":
-        return provider.name in TRAINING
+        # Seconds per call where most weights are kept, and no target asks for it.
+        is_slow = provider.name == "torch.sparse.mm CSR" and case.sparsity < 0.8
+        return provider.name in TRAINING and not is_slow
     is_half, is_single = case.dtype == torch.bfloat16, case.shape.startswith("1x")
     return (is_half or is_single) and provider.name in INFERENCE
 

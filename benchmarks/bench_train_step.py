@@ -5,7 +5,7 @@ and backward passes for the attack, whose weights are frozen, one for the loss, 
 (SGD with momentum and weight decay). Batch norm is in training mode throughout.
 
 - "ours": `nn.sparsify(model, masks)` in values mode, whose optimizer state is nnz-sized, and
-  `nn.fuse_batch_norm_relu`.
+  `nn.fuse_batch_norm_relu`; "ours, torch's batch norm" leaves out the latter.
 - "dense, masked": torch's layers, the gradients of the weights masked.
 - "SparseProp": its layers in the places of torch's, its own choice between its two convolutions.
 - "free convolutions": the dense, masked step whose convolutions cost nothing. They return tensors
@@ -43,6 +43,8 @@ PRODUCTS = (PGD_STEPS + 1) + (PGD_STEPS + 1) + 1
 GATE_BATCH = 8
 # Rounding flips a ReLU here and there, which a deep network amplifies.
 TOLERANCE = 2e-3
+
+UNFUSED = "ours, torch's batch norm"
 
 Masks = dict[str, Tensor]
 Prepare = Callable[[nn.Module, Masks, Tensor], nn.Module]
@@ -141,11 +143,22 @@ def _dense(model: nn.Module, masks: Masks, images: Tensor) -> nn.Module:
     return model
 
 
-def _ours(model: nn.Module, masks: Masks, images: Tensor) -> nn.Module:
+def _ours_unfused(model: nn.Module, masks: Masks, images: Tensor) -> nn.Module:
+    if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        raise UnavailableError("the network has no batch norm")
+    return _sparsified(model, masks)
+
+
+def _sparsified(model: nn.Module, masks: Masks) -> nn.Module:
     masked_nn.sparsify(model, masks, mode="values")
     left = [name for name in masks if name.removesuffix(".weight") in _layers(model)]
     if left:
         raise UnavailableError(f"sparsify left {', '.join(left[:3])}{'…' * (len(left) > 3)}")
+    return model
+
+
+def _ours(model: nn.Module, masks: Masks, images: Tensor) -> nn.Module:
+    _sparsified(model, masks)
     fuse = getattr(masked_nn, "fuse_batch_norm_relu", None)
     if fuse is not None:
         fuse(model)
@@ -276,6 +289,7 @@ PROVIDERS = [
     Provider(name, partial(_provide, name, prepare, is_masked), gated=name != "free convolutions")
     for name, prepare, is_masked in (
         ("ours", _ours, False),
+        (UNFUSED, _ours_unfused, False),
         ("dense, masked", _dense, True),
         ("SparseProp", _sparseprop, False),
         ("free convolutions", _free, True),

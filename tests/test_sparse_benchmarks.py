@@ -123,7 +123,7 @@ def test_the_roofs_add_up(level):
 
 def test_every_layer_of_a_small_step_agrees():
     network = Network("lenet-300-100", (1, 6, 6), 8)
-    found = gated(bench_train_step.case(network, 0.9), bench_train_step.PROVIDERS[:2])
+    found = gated(bench_train_step.case(network, 0.9), bench_train_step.PROVIDERS[:3])
     assert found == {"ours", "dense, masked"}
 
 
@@ -202,8 +202,9 @@ def test_slower_than_dense_and_rising_times_are_reported():
 
 def test_the_share_of_the_ceiling_is_of_the_same_dense_step():
     step = replace(ROW, op="train_step", mode="pgd10_step", shape=targets.VGG, sparsity=0.99)
-    named = {"dense, masked": 60.0, "ours": 12.0, "free convolutions": 8.0}
+    named = {"dense, masked": 60.0, summary.UNFUSED: 12.0, "free convolutions": 8.0}
     rows = [replace(step, backend=name, p50=t) for name, t in named.items()]
+    assert bench_train_step.UNFUSED == summary.UNFUSED
     (line,) = summary.other_targets(summary.Times(rows))
     assert "5 of the 7.5" in line and "0.67/0.8 !" in line
 
