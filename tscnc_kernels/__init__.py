@@ -3,7 +3,7 @@
 from tscnc_kernels import nn
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
-from tscnc_kernels.nn.sparsify import explain
+from tscnc_kernels.nn.explain import explain
 from tscnc_kernels.ops.condition_number_penalty import condition_number_penalty
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.gated_transformed_l1 import gated_transformed_l1

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tscnc_kernels._activation import ACTIVATIONS
+from tscnc_kernels._checks import check_name
 from tscnc_kernels.sparsity import SparsityPattern, remap
 
 MODES = ("dense", "values")
@@ -27,8 +29,17 @@ class MaskedLayer(nn.Module):
     it loads into torch's own layer with strict=False. A state of either mode loads into either
     mode, and brings its mask along; without `mask_bits` (strict=False) the weight is masked by the
     present one.
+
+    Attributes:
+        op: the name of the layer's op.
+        activation: "none", "relu" or "gelu"; computed with the product.
+        dense_grad: give the weight's gradient off the mask too, in dense mode, as pruning scores
+            and regrowth need it. An optimizer step would then fill the pruned entries.
     """
 
+    op: str
+    activation: str
+    dense_grad: bool
     weight: nn.Parameter
     bias: nn.Parameter | None
     mode: str
@@ -131,6 +142,10 @@ class MaskedLayer(nn.Module):
         self._pattern = pattern
         return carry
 
+    def _options_repr(self) -> str:
+        activation = f", activation={self.activation!r}" if self.activation != "none" else ""
+        return activation + (", dense_grad=True" if self.dense_grad else "")
+
     def _follow_device(self) -> None:
         if not self.weight.is_meta:
             self._pattern = self._pattern.to(self.weight.device)
@@ -208,3 +223,10 @@ def check_pattern(shape: tuple[int, ...], pattern: SparsityPattern, mode: str) -
         raise ValueError(f"expected a mask of shape {shape}, got {pattern.shape}")
     if mode not in MODES:
         raise ValueError(f"expected mode to be one of {', '.join(MODES)}, got {mode!r}")
+
+
+def check_options(mode: str, activation: str, dense_grad: bool) -> None:
+    """A known activation, and no dense gradient of values."""
+    check_name("activation", activation, ACTIVATIONS)
+    if dense_grad and mode != "dense":
+        raise ValueError(f"dense_grad=True needs mode 'dense', got {mode!r}")

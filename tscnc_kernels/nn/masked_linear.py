@@ -1,15 +1,17 @@
 """MaskedLinear: nn.Linear on the kept entries of its weight."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tscnc_kernels.nn.masked_layer import MaskedLayer, check_layer, check_pattern
-from tscnc_kernels.ops.masked_linear import masked_linear
+from tscnc_kernels._activation import activate
+from tscnc_kernels.nn.masked_layer import MaskedLayer, check_layer, check_options, check_pattern
+from tscnc_kernels.ops.masked_linear import masked_linear, masked_linear_unchecked
 from tscnc_kernels.sparsity import SparsityPattern
 
 
 class MaskedLinear(MaskedLayer):
-    """Linear layer x (W ∘ M)ᵀ + b with a fixed mask M.
+    """Linear layer act(x (W ∘ M)ᵀ + b) with a fixed mask M.
 
     The weight is an ordinary Parameter, so that any optimizer, AMP, deepcopy, EMA and DDP work:
 
@@ -23,19 +25,31 @@ class MaskedLinear(MaskedLayer):
     brings its mask along; without `mask_bits` (strict=False) the weight is masked by the present
     one.
 
+    torch.export and the ONNX exporters see F.linear on the dense weight: standard ops alone.
+
+    Attributes:
+        activation: "none", "relu" or "gelu"; fused into the product.
+        dense_grad: give the weight's gradient off the mask too, in dense mode, as pruning scores
+            and regrowth need it. An optimizer step would then fill the pruned entries.
+
     Args:
         in_features: size of each input sample, K.
         out_features: size of each output sample, N.
         bias: learn an additive bias.
         pattern: SparsityPattern of shape (N, K).
         mode: "dense" or "values".
+        activation: see above.
+        dense_grad: see above.
         device: device of the parameters; the pattern follows.
         dtype: dtype of the parameters.
 
     Raises:
-        ValueError: the pattern has another shape, or the mode is unknown.
+        ValueError: the pattern has another shape, the mode or the activation is unknown, or
+            dense_grad in values mode.
         TypeError: pattern is not a SparsityPattern.
     """
+
+    op = "masked_linear"
 
     def __init__(
         self,
@@ -45,6 +59,8 @@ class MaskedLinear(MaskedLayer):
         *,
         pattern: SparsityPattern,
         mode: str = "dense",
+        activation: str = "none",
+        dense_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -53,11 +69,20 @@ class MaskedLinear(MaskedLayer):
         self.in_features = in_features
         self.out_features = out_features
         self.mode = mode
+        self.activation = activation
+        self.dense_grad = dense_grad
+        check_options(mode, activation, dense_grad)
         self._make_parameters(pattern, bias, device, dtype)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, mask: Tensor | SparsityPattern, mode: str = "dense"
+        cls,
+        linear: nn.Linear,
+        mask: Tensor | SparsityPattern,
+        mode: str = "dense",
+        *,
+        activation: str = "none",
+        dense_grad: bool = False,
     ) -> "MaskedLinear":
         """A layer with the mask that takes over a Linear's parameters.
 
@@ -69,39 +94,64 @@ class MaskedLinear(MaskedLayer):
             linear: the layer to take over.
             mask: (N, K) bool tensor or SparsityPattern.
             mode: "dense" or "values".
+            activation: "none", "relu" or "gelu", applied to the result.
+            dense_grad: see the class.
 
         Returns:
             The masked layer.
 
         Raises:
-            ValueError: the mask has another shape, the mode is unknown, or the weight has no data
-                or is computed by a parametrization.
+            ValueError: the mask has another shape, the mode or the activation is unknown,
+                dense_grad in values mode, or the weight has no data or is computed by a
+                parametrization.
             TypeError: not a Linear, or the mask is not boolean.
         """
         check_layer(nn.Linear, linear)
         pattern = mask if isinstance(mask, SparsityPattern) else SparsityPattern.from_mask(mask)
         check_pattern((linear.out_features, linear.in_features), pattern, mode)
+        check_options(mode, activation, dense_grad)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.mode = mode
+        layer.mode, layer.activation, layer.dense_grad = mode, activation, dense_grad
         layer._take_over(linear, pattern)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """A Linear with the dense weight; it shares the bias, and the weight in dense mode."""
+        """A Linear with the dense weight; it shares the bias, and the weight in dense mode.
+
+        It has no activation: one that was fused is the caller's to apply.
+        """
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         self._hand_over(linear)
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The product x (W ∘ M)ᵀ + b, (..., N), for an input x of shape (..., K)."""
-        return masked_linear(input, self.weight, self._pattern, self.bias, assume_masked=True)
+        """The product act(x (W ∘ M)ᵀ + b), (..., N), for an input x of shape (..., K)."""
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state():
+            return activate(F.linear(input, self.dense_weight, self.bias), self.activation)
+        parameters = self._parameters
+        weight, bias, pattern = parameters["weight"], parameters["bias"], self._pattern
+        # The constructor has checked the rest; every microsecond counts for a small layer.
+        usual = (
+            type(input) is Tensor
+            and type(weight) is nn.Parameter
+            and input.dtype == weight.dtype
+            and input.dim() > 0
+            and input.shape[-1] == pattern.shape[1]
+            and input.device == pattern.device
+            and not torch.is_autocast_enabled(input.device.type)
+        )
+        return (masked_linear_unchecked if usual else masked_linear)(
+            *(input, self.weight, pattern, bias, self.activation),
+            dense_grad=self.dense_grad,
+            assume_masked=not self.dense_grad,
+        )
 
     def extra_repr(self) -> str:
         pattern = self._pattern
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, mode={self.mode!r}, "
-            f"sparsity={1 - pattern.density:.2%}, nnz={pattern.nnz}"
+            f"sparsity={1 - pattern.density:.2%}, nnz={pattern.nnz}" + self._options_repr()
         )
