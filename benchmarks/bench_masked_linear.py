@@ -38,6 +38,9 @@ SHAPES = [
 SMALL_BATCHES = [(1, 4096, 4096), (8, 4096, 4096), (16, 4096, 4096)]
 SPARSITIES = [0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999]
 MODES = ["forward", "forward_backward"]
+# Batches that an algorithm is for; random masks have no blocks.
+BATCHES = {"spmv": (1, 1), "small_batch": (2, 16)}
+FORCED = [name for name in ALGORITHMS if name != "block"]
 # These form (B, K) x nnz products or dense copies: minutes per call on the large layers.
 SLOW_WORK = 3e9
 
@@ -95,6 +98,9 @@ def _slow_peer(adapter: Callable[[Problem], Layer], case: Case, problem: Problem
 
 
 def _ours(values: bool, algorithm: str | None, case: Case, problem: Problem) -> Timed:
+    smallest, largest = BATCHES.get(algorithm or "", (1, len(problem.input)))
+    if not smallest <= len(problem.input) <= largest:
+        raise UnavailableError("not for this batch")
     layer = ours.layer(masked_linear, values, algorithm, problem)
     return ours.timed(case.mode, problem, layer)
 
@@ -118,7 +124,7 @@ QUICK = [case(SHAPES[0], s, "forward_backward") for s in (0.5, 0.8, 0.9, 0.99)]
 PROVIDERS = [
     Provider("ours, values", partial(_ours, True, None)),
     Provider("ours, dense weight", partial(_ours, False, None)),
-    *[Provider(f"ours, {name}", partial(_ours, True, name)) for name in ALGORITHMS],
+    *[Provider(f"ours, {name}", partial(_ours, True, name)) for name in FORCED],
     Provider("ours, raw ops", _raw, gated=False),
     Provider("(N, K) gradient fill", _fill, gated=False),
     Provider("F.linear", partial(_peer, peers.dense)),

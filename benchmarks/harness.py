@@ -189,6 +189,7 @@ def main(
     """
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
+    machine.decide_anew()
     if device.type == "cpu":
         machine.pin(options.threads)
     unknown = set(options.backend or []) - {provider.name for provider in providers}

@@ -107,6 +107,7 @@ def test_a_price_shown_beside_is_not_gated_and_a_result_may_be_converted(monkeyp
 def test_an_interrupted_run_goes_on_where_it_was(capsys, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(harness.machine, "control", lambda *_: lambda: 1.0)
     monkeypatch.setattr(harness.machine, "pin", lambda threads: None)
+    monkeypatch.setattr(harness.machine, "decide_anew", lambda: None)
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     first, second = case(), replace(case(), shape="again")
     providers = [Provider("right", lambda case, x: lambda: 2 * x)]
@@ -125,6 +126,7 @@ def test_an_interrupted_run_goes_on_where_it_was(capsys, monkeypatch, tmp_path: 
 def test_only_the_selected_cases_are_measured(monkeypatch):
     monkeypatch.setattr(harness.machine, "control", lambda *_: lambda: 1.0)
     monkeypatch.setattr(harness.machine, "pin", lambda threads: None)
+    monkeypatch.setattr(harness.machine, "decide_anew", lambda: None)
     cases = [replace(case(), sparsity=s) for s in (0.5, 0.9)]
     providers = [Provider(name, lambda case, x: lambda: 2 * x) for name in ("needed", "extra")]
 
