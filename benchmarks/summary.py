@@ -44,15 +44,16 @@ class Times:
 
 
 def table(times: Times, chosen: Sequence[Target], only_measured: bool = False) -> list[str]:
-    """One line per target and shape; without those that have no cell if `only_measured`."""
+    """One line per target and shape; `only_measured` leaves out what has no measurement."""
     rows = []
     for target in chosen:
         for shape in target.shapes:
             ratios = [times.ratio(target, shape, s) for s in SPARSITIES]
             if only_measured and not any(ratios):
                 continue
+            absent = "" if only_measured else "missing"
             cells = [
-                _cell(ratio, target.at(shape, s))
+                _cell(ratio, target.at(shape, s), absent)
                 for ratio, s in zip(ratios, SPARSITIES, strict=True)
             ]
             rows.append([target.name, shape, *cells])
@@ -67,9 +68,9 @@ def table(times: Times, chosen: Sequence[Target], only_measured: bool = False) -
     ]
 
 
-def _cell(ratio: float | None, target: float | None) -> str:
+def _cell(ratio: float | None, target: float | None, absent: str = "missing") -> str:
     if ratio is None:
-        return "-" if target is None else "missing"
+        return "-" if target is None else absent
     if target is None:
         return f"{ratio:.3g}"
     return f"{ratio:.3g}/{target:.3g}" + ("" if _rounded(ratio) >= target else " !")
