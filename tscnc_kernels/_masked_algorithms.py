@@ -1,7 +1,7 @@
 """Which algorithm computes each product of a masked layer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,10 +49,25 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "masked_linear": Family(
-        {"panel": 0},
-        {"panel": Cost(0.058, 0.6, 0.6, 6e3), DENSE: Cost(0.027, 0.02, 0.2, 6e3)},
+        {"panel": 0, "small_batch": 2, "spmv": 3, "block": 4},
+        {
+            "panel": Cost(0.058, 0.6, 0.6, 6e3),
+            "small_batch": Cost(0.02, 0.6, 0.8, 6e3, (2, 16)),
+            "spmv": Cost(0.0, 0.6, 0.5, 6e3, (1, 1)),
+            "block": Cost(0.04, 0.6, 0.8, 6e3, (17, 1 << 62)),
+            DENSE: Cost(0.027, 0.02, 0.2, 6e3),
+        },
         (1024, 1024),
-    )
+    ),
+    "masked_conv2d": Family(
+        {"plane": 0, "batch": 1},
+        {
+            "plane": Cost(0.058, 0.5, 0.6, 1e4),
+            "batch": Cost(0.058, 0.5, 0.6, 1e4),
+            DENSE: Cost(0.025, 0.1, 0.2, 1e4),
+        },
+        (256, 256, 3, 3),
+    ),
 }
 SPARSE = FAMILIES["masked_linear"].sparse
 ALGORITHMS = (*SPARSE, DENSE)
@@ -105,16 +120,24 @@ def usual_call(shape: Sequence[int], values: bool = True) -> Call:
 
 
 def predict(
-    op: str, shape: Sequence[int], nnz: int, call: Call, direction: str
+    op: str,
+    shape: Sequence[int],
+    nnz: int,
+    call: Call,
+    direction: str,
+    blocks: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """Seconds of each algorithm that can compute a direction natively on nnz kept entries.
 
     Of one thread, so that the choice, and with it the bits, are the same for any number of them.
+    `blocks` is the pattern's block_shape.
     """
     size, elements = math.prod(shape), call.batch * (shape[0] + shape[1])
     seconds = {}
     for name, cost in FAMILIES[op].costs.items():
         if not cost.batches[0] <= call.batch <= cost.batches[1]:
+            continue
+        if name == "block" and not _uses_blocks(direction, blocks):
             continue
         entries = size if name == DENSE else nnz
         work = (cost.product * call.batch + cost.entry) * entries + cost.sample * elements
@@ -126,6 +149,13 @@ def predict(
     return seconds
 
 
+def _uses_blocks(direction: str, blocks: tuple[int, int] | None) -> bool:
+    """Whether four rows of the product's matrix share their columns."""
+    if blocks is None or direction == "grad_weight":
+        return False
+    return direction == "forward" or blocks[1] >= 4
+
+
 def _around_dense(call: Call, direction: str, nnz: int, size: int) -> float:
     """Nanoseconds of what the dense algorithm does beside its product."""
     if call.values:
@@ -134,6 +164,7 @@ def _around_dense(call: Call, direction: str, nnz: int, size: int) -> float:
 
 
 Choice = Algorithms | Plan
+Model = Callable[..., dict[str, float]]  # with the arguments of `predict`
 
 
 def choose(
@@ -205,9 +236,16 @@ def density_bucket(density: float) -> int:
 
 
 def plan_for(
-    op: str, pattern: SparsityPattern, backend: str, call: Call, forced: str | None = None
+    op: str,
+    pattern: SparsityPattern,
+    backend: str,
+    call: Call,
+    forced: str | None = None,
+    model: Model = predict,
 ) -> Plan:
     """The plan of one kind of call on a pattern; the pattern keeps it.
+
+    `model` predicts, with the arguments of `predict`.
 
     Raises:
         RuntimeError: a sparse algorithm was asked for on a backend without it.
@@ -220,7 +258,7 @@ def plan_for(
     plan: Plan | None = plans.get(lookup)
     if plan is None:
         check_forced(op, pattern, backend, forced)
-        plan = plans[lookup] = _new_plan(op, pattern, backend, call, forced)
+        plan = plans[lookup] = _new_plan(op, pattern, backend, call, forced, model)
     return plan
 
 
@@ -230,7 +268,12 @@ def plans_of(pattern: SparsityPattern) -> list[Plan]:
 
 
 def _new_plan(
-    op: str, pattern: SparsityPattern, backend: str, call: Call, forced: str | None
+    op: str,
+    pattern: SparsityPattern,
+    backend: str,
+    call: Call,
+    forced: str | None,
+    model: Model,
 ) -> Plan:
     if backend != "native":
         return Plan(call, op, lambda direction: {DENSE: math.inf}, forced)
@@ -244,4 +287,5 @@ def _new_plan(
     ]
     # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
     case = op, pattern.shape, pattern.nnz, call
-    return Plan(call, "/".join(parts), lambda direction: predict(*case, direction), forced)
+    blocks = pattern.block_shape if len(pattern.shape) == 2 else None
+    return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)
