@@ -12,39 +12,15 @@
 
 #include "conv_taps.h"
 #include "dtype_dispatch.h"
+#include "kept_values.h"
 #include "sparse_index.h"
 
 namespace tscnc {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr char kOp[] = "masked_conv2d";
 // Multiply-adds that are worth a second thread.
 constexpr int64_t kParallelWork = 1 << 18;
-// What a band of packed planes should leave of a second-level cache.
-constexpr int64_t kPackedBytes = 1024 * 1024;
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
-template <class T>
-constexpr ScalarType working_type() {
-  return sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
-}
-
 // One convolution: kernel, stride, padding (top, bottom, left, right), dilation and groups.
 ConvShape conv_shape(const Tensor& input, const SparseRows& structure,
                      const std::vector<int64_t>& geometry) {
@@ -102,47 +78,6 @@ Tensor new_images(const Tensor& like, int64_t count, int64_t channels, int64_t h
   return torch::stable::transpose(torch::stable::transpose(pixels, 1, 3), 2, 3);
 }
 
-// The kept entries of a dense weight, or the values themselves, in the type that they are
-// multiplied in.
-template <class T>
-Tensor kept_values(const Tensor& weight, const SparseRows& structure) {
-  const int64_t kept = structure.pointers[structure.rows];
-  const Tensor flat = torch::stable::contiguous(weight);
-  if (weight.dim() == 1) {
-    STD_TORCH_CHECK(weight.is_cpu() && weight.numel() == kept, kOp, ": expected ", kept,
-                    " values, got ", weight.numel());
-    return in_dtype(flat, working_type<T>());
-  }
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.size(0) == structure.rows &&
-                      weight.numel() == structure.rows * structure.width,
-                  kOp, ": expected a weight of the pattern's shape");
-  Tensor values = torch::stable::new_empty(weight, {kept});
-  const T* source = data<T>(flat);
-  T* target = mutable_data<T>(values);
-  for (int64_t row = 0; row < structure.rows; ++row, source += structure.width) {
-    for (int32_t j = structure.pointers[row]; j < structure.pointers[row + 1]; ++j) {
-      target[j] = source[structure.columns[j]];
-    }
-  }
-  return in_dtype(values, working_type<T>());
-}
-
-// The weight's gradient in the weight's form: values, or a dense weight that is zero elsewhere.
-template <class T>
-Tensor like_weight(const Tensor& values, const Tensor& weight, const SparseRows& structure) {
-  if (weight.dim() == 1) return values;
-  Tensor dense = torch::stable::new_zeros(
-      values, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
-  const T* source = data<T>(values);
-  T* target = mutable_data<T>(dense);
-  for (int64_t row = 0; row < structure.rows; ++row, target += structure.width) {
-    for (int32_t j = structure.pointers[row]; j < structure.pointers[row + 1]; ++j) {
-      target[structure.columns[j]] = source[j];
-    }
-  }
-  return dense;
-}
-
 // Working memory of the calling thread for what a call derives from the pattern.
 Scratch& offset_memory() {
   thread_local Scratch memory;
@@ -152,35 +87,6 @@ Scratch& offset_memory() {
 Scratch& value_memory() {
   thread_local Scratch memory;
   return memory;
-}
-
-// Rows of the grid that are packed at once: bands of equal height, high enough that packing the
-// rows that neighbouring bands share costs little.
-int64_t band_rows(int64_t height, int64_t reach, int64_t row_bytes) {
-  constexpr int64_t kFewestRows = 4;
-  const int64_t fitting = std::max(kPackedBytes / std::max<int64_t>(1, row_bytes) - reach,
-                                   std::max(kFewestRows, reach));
-  const int64_t bands = (height + fitting - 1) / fitting;
-  return (height + bands - 1) / bands;
-}
-
-// Planes for taps that reach `reach` steps further along each axis of a grid.
-template <class T>
-OwnedPlanes planes_for(const AxisTaps& h, const AxisTaps& w, int64_t channels, int64_t grid_height,
-                       int64_t grid_width, int64_t top, int64_t left, int64_t stride_h,
-                       int64_t stride_w, bool interleaved, int64_t* band) {
-  const int64_t lanes = TSCNC_SELECT(masked_conv2d_lanes<T>)();
-  OwnedPlanes owned{
-      {0, grid_width + w.reach, top, left, stride_h, stride_w, 0, 0, nullptr, nullptr, interleaved},
-      h.phases,
-      w.phases};
-  const Planes& planes = owned.get();
-  const int64_t row_bytes = channels * planes.phases_h * planes.phases_w * planes.width *
-                            (interleaved ? lanes : 1) * static_cast<int64_t>(sizeof(Working<T>));
-  *band = band_rows(grid_height, h.reach, row_bytes);
-  owned.planes.rows = *band + h.reach;
-  check_offsets(kOp, channels, planes, lanes);
-  return owned;
 }
 
 // One parallel region: bands of groups of images, and also ranges of channels where there are fewer
@@ -234,17 +140,16 @@ template <class T>
 struct ForwardPlan {
   OwnedPlanes planes;
   OwnedTaps taps;
-  int64_t band;
 
   ForwardPlan(const ConvShape& shape, const SparseRows& structure, bool interleaved) {
     const int64_t lanes = TSCNC_SELECT(masked_conv2d_lanes<T>)();
-    const AxisTaps h = forward_axis(shape.height), w = forward_axis(shape.width);
-    const int64_t grid_width = shape.width.output();
-    planes = planes_for<T>(h, w, shape.in_channels, shape.height.output(), grid_width,
-                           shape.height.before, shape.width.before, shape.height.stride,
-                           shape.width.stride, interleaved, &band);
+    const ConvAxis &height = shape.height, &width = shape.width;
+    const AxisTaps h = forward_axis(height), w = forward_axis(width);
+    const Grid grid{shape.in_channels, height.output(), width.output(), height.before,
+                    width.before,      height.stride,   width.stride};
+    planes = planes_for(kOp, grid, h, w, interleaved, lanes, sizeof(Working<T>));
     const int64_t bytes =
-        tile_bytes(planes.get(), h.reach, w.reach, grid_width, lanes, sizeof(Working<T>));
+        tile_bytes(planes.get(), h.reach, w.reach, grid.width, lanes, sizeof(Working<T>));
     const ChannelBlocks blocks =
         channel_blocks(shape.group_in(), structure.rows, structure.pointers[structure.rows], bytes);
     taps = forward_taps(shape, structure, h, w, planes.get(), lanes, blocks, offset_memory());
@@ -291,13 +196,13 @@ std::tuple<Tensor, Tensor> masked_conv2d_cpu(Tensor input, Tensor weight,
   const Tensor preactivation = result(save_preactivation ? input.size(0) : 0);
   dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor values = kept_values<T>(weight, structure);
+    const Tensor values = kept_values<T>(kOp, weight, structure);
     const Tensor offsets = bias.has_value() ? in_dtype(*bias, working_type<T>()) : values;
     ForwardPlan<T> plan(shape, structure, interleaved);
     auto* ordered = value_memory().reserve<Working<T>>(values.numel() + 1);
     to_blocks(plan.taps, data<Working<T>>(values), ordered);
     const ConvPart<T> part{plan.taps.get(), ordered, out_height, out_width, 0};
-    run_product<T>({images<T>(input), plan.planes.get(), &part, 1, out_height, plan.band,
+    run_product<T>({images<T>(input), plan.planes.get(), &part, 1, out_height, plan.planes.band,
                     bias.has_value() ? data<Working<T>>(offsets) : nullptr, act,
                     mutable_data<T>(output),
                     save_preactivation ? mutable_data<T>(preactivation) : nullptr, output.stride(0),
@@ -325,15 +230,15 @@ Tensor input_gradient(const ConvShape& shape, const SparseRows& structure, const
   }
   const int64_t grid_height = (height.size + height.stride - 1) / height.stride;
   const int64_t grid_width = (width.size + width.stride - 1) / width.stride;
-  int64_t band = 0;
-  OwnedPlanes planes = planes_for<T>(widest_h, widest_w, shape.out_channels, grid_height,
-                                     grid_width, top, left, 1, 1, interleaved, &band);
+  const Grid grid{shape.out_channels, grid_height, grid_width, top, left, 1, 1};
+  OwnedPlanes planes =
+      planes_for(kOp, grid, widest_h, widest_w, interleaved, lanes, sizeof(Working<T>));
   const int64_t bytes = tile_bytes(planes.get(), widest_h.reach, widest_w.reach, grid_width, lanes,
                                    sizeof(Working<T>));
   const int64_t parts = height.stride * width.stride;
   const ChannelBlocks blocks = channel_blocks(shape.group_out(), shape.in_channels * parts,
                                               structure.pointers[structure.rows], bytes);
-  const Tensor values = kept_values<T>(weight, structure);
+  const Tensor values = kept_values<T>(kOp, weight, structure);
   const OwnedTaps taps =
       backward_taps(shape, structure, data<Working<T>>(values), h, w, planes.get(), lanes, blocks,
                     offset_memory(), value_memory());
@@ -349,7 +254,7 @@ Tensor input_gradient(const ConvShape& shape, const SparseRows& structure, const
                      (width.size - b + width.stride - 1) / width.stride,
                      a * result.stride(2) + b * result.stride(3)});
   }
-  run_product<T>({gradient, planes.get(), grids.data(), parts, grid_height, band, nullptr,
+  run_product<T>({gradient, planes.get(), grids.data(), parts, grid_height, planes.band, nullptr,
                   Activation::none, mutable_data<T>(result), nullptr, result.stride(0),
                   result.stride(1), result.stride(2) * height.stride,
                   result.stride(3) * width.stride, 1});
@@ -369,7 +274,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const ConvShape& shape, const SparseR
       torch::stable::new_zeros(input, {needs_bias ? structure.rows : 0}, working_type<T>());
   ForwardPlan<T> plan(shape, structure, interleaved);
   run_weight_gradient<T>(
-      {images<T>(input), plan.planes.get(), plan.taps.get(), gradient, plan.band,
+      {images<T>(input), plan.planes.get(), plan.taps.get(), gradient, plan.planes.band,
        needs_weight ? ordered : nullptr, needs_bias ? mutable_data<Working<T>>(bias) : nullptr},
       structure);
   if (needs_weight) from_blocks(plan.taps, ordered, mutable_data<Working<T>>(values));
