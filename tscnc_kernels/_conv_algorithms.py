@@ -68,7 +68,7 @@ def choose(
 
 
 def _predict(
-    fills: bool, op: str, shape: Sequence[int], nnz: int, call: Call, direction: str
+    fills: bool, op: str, shape: Sequence[int], nnz: int, call: Call, direction: str, _: None
 ) -> dict[str, float]:
     """As `predict`; "batch" wastes what images do not fill of its vectors."""
     times = predict(op, shape, nnz, call, direction)

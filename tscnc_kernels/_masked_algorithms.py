@@ -49,8 +49,14 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "masked_linear": Family(
-        {"panel": 0},
-        {"panel": Cost(0.058, 0.6, 0.6, 6e3), DENSE: Cost(0.027, 0.02, 0.2, 6e3)},
+        {"panel": 0, "small_batch": 2, "spmv": 3, "block": 4},
+        {
+            "panel": Cost(0.058, 0.6, 0.6, 6e3),
+            "small_batch": Cost(0.02, 0.6, 0.8, 6e3, (2, 16)),
+            "spmv": Cost(0.0, 0.6, 0.5, 6e3, (1, 1)),
+            "block": Cost(0.04, 0.6, 0.8, 6e3, (17, 1 << 62)),
+            DENSE: Cost(0.027, 0.02, 0.2, 6e3),
+        },
         (1024, 1024),
     ),
     "masked_conv2d": Family(
@@ -114,16 +120,24 @@ def usual_call(shape: Sequence[int], values: bool = True) -> Call:
 
 
 def predict(
-    op: str, shape: Sequence[int], nnz: int, call: Call, direction: str
+    op: str,
+    shape: Sequence[int],
+    nnz: int,
+    call: Call,
+    direction: str,
+    blocks: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """Seconds of each algorithm that can compute a direction natively on nnz kept entries.
 
     Of one thread, so that the choice, and with it the bits, are the same for any number of them.
+    `blocks` is the pattern's block_shape.
     """
     size, elements = math.prod(shape), call.batch * (shape[0] + shape[1])
     seconds = {}
     for name, cost in FAMILIES[op].costs.items():
         if not cost.batches[0] <= call.batch <= cost.batches[1]:
+            continue
+        if name == "block" and not _uses_blocks(direction, blocks):
             continue
         entries = size if name == DENSE else nnz
         work = (cost.product * call.batch + cost.entry) * entries + cost.sample * elements
@@ -135,6 +149,13 @@ def predict(
     return seconds
 
 
+def _uses_blocks(direction: str, blocks: tuple[int, int] | None) -> bool:
+    """Whether four rows of the product's matrix share their columns."""
+    if blocks is None or direction == "grad_weight":
+        return False
+    return direction == "forward" or blocks[1] >= 4
+
+
 def _around_dense(call: Call, direction: str, nnz: int, size: int) -> float:
     """Nanoseconds of what the dense algorithm does beside its product."""
     if call.values:
@@ -143,7 +164,7 @@ def _around_dense(call: Call, direction: str, nnz: int, size: int) -> float:
 
 
 Choice = Algorithms | Plan
-Model = Callable[[str, Sequence[int], int, Call, str], dict[str, float]]
+Model = Callable[..., dict[str, float]]  # with the arguments of `predict`
 
 
 def choose(
@@ -272,4 +293,5 @@ def _new_plan(
     # Predicted for the middle of the bucket: the first batch that happens to come must not matter.
     # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
     case = op, pattern.shape, pattern.nnz, call._replace(batch=_usual_batch(call.batch))
-    return Plan(call, "/".join(parts), lambda direction: model(*case, direction), forced)
+    blocks = pattern.block_shape if len(pattern.shape) == 2 else None
+    return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)

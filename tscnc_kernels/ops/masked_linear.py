@@ -11,8 +11,10 @@ at 0 is 0; gelu is the exact one, z Φ(z).
 
 Algorithms of the native backend: "panel" transposes groups of samples into panels and runs over
 the kept entries once per panel, in registers (csrc/cpu/panel.h); the forward product, dX with the
-transposed index and dW at the kept entries all work so. "dense" is torch's GEMM on W ∘ M. The
-other backends have only "dense".
+transposed index and dW at the kept entries all work so. "small_batch" does so for up to 16 samples
+and adds dX up row by row; "spmv" takes one sample at a time from a plain vector; "block" shares
+loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
+other backends have.
 
 Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with
 separate passes for dX and dW. Deviations: none in the formula; reductions are ordered, so that
@@ -277,8 +279,8 @@ def masked_linear(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "panel" (native, on the kept entries), "dense" (torch's GEMM on W ∘ M); None
-            chooses by density.
+        algorithm: "panel", "small_batch", "spmv", "block" (native, on the kept entries) or
+            "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
 
     Returns:
         (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
@@ -291,13 +293,13 @@ def masked_linear(
             SparsityPattern.
         RuntimeError: the backend or the algorithm cannot run here.
 
-    NaN: the panel algorithm does not read an input that no kept weight multiplies, so that NaN or
+    NaN: the sparse algorithms do not use an input that no kept weight multiplies, so that NaN or
     infinity there stays out of the result; a dense product would spread it.
 
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
     are cast as for F.linear.
 
-    Determinism: the panel algorithm gives the same bits every run and for any number of threads.
+    Determinism: a sparse algorithm gives the same bits every run and for any number of threads.
     """
     dtype = autocast_dtype(pattern.device) if isinstance(pattern, SparsityPattern) else None
     if dtype is not None:
