@@ -225,6 +225,11 @@ def batch_bucket(batch: int) -> int:
     return batch if batch <= 16 else 12 + batch.bit_length()
 
 
+def _usual_batch(batch: int) -> int:
+    """One batch of the bucket of a batch."""
+    return batch if batch <= 16 else 3 << batch.bit_length() - 2
+
+
 def density_bucket(density: float) -> int:
     """The same number for densities that share a decision.
 
@@ -286,8 +291,9 @@ def _new_plan(
         *("x".join(map(str, pattern.shape)), f"b{batch_bucket(call.batch)}"),
         *(f"d{density_bucket(pattern.density)}", weight, call.layout, call.detail),
     ]
+    # Predicted for the middle of the bucket: the first batch that happens to come must not matter.
     # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
-    case = op, pattern.shape, pattern.nnz, call
+    case = op, pattern.shape, pattern.nnz, call._replace(batch=_usual_batch(call.batch))
     blocks = pattern.block_shape if len(pattern.shape) == 2 else None
     return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)
 
