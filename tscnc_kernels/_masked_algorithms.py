@@ -52,8 +52,8 @@ FAMILIES = {
         {"panel": 0, "small_batch": 2, "spmv": 3, "block": 4},
         {
             "panel": Cost(0.058, 0.6, 0.6, 6e3),
-            "small_batch": Cost(0.02, 0.6, 0.8, 6e3, (2, 16)),
-            "spmv": Cost(0.0, 0.6, 0.5, 6e3, (1, 1)),
+            "small_batch": Cost(0.02, 0.6, 0.7, 6e3, (2, 16)),
+            "spmv": Cost(0.0, 0.6, 0.75, 6e3, (1, 1)),
             "block": Cost(0.04, 0.6, 0.8, 6e3, (17, 1 << 62)),
             DENSE: Cost(0.027, 0.02, 0.2, 6e3),
         },
