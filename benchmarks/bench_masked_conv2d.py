@@ -15,12 +15,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tscnc_kernels.ops.masked_conv2d import ALGORITHMS
 
 from benchmarks import harness, ours, peers
 from benchmarks.harness import Call, Case, Provider, Timed, UnavailableError
 from benchmarks.peers import Layer, Problem
 from tscnc_kernels import masked_conv2d
+from tscnc_kernels.ops.masked_conv2d import ALGORITHMS
 
 
 @dataclass(frozen=True)
