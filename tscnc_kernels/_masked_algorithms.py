@@ -257,10 +257,8 @@ def plan_for(
         RuntimeError: a sparse algorithm was asked for on a backend without it.
     """
     plans = pattern.__dict__.setdefault("_plans", {})
-    lookup = (
-        *(op, backend, forced, _autotune.is_on(), torch.get_num_threads()),
-        *(batch_bucket(call.batch), *call[1:]),
-    )
+    threads, bucket = torch.get_num_threads(), batch_bucket(call.batch)
+    lookup = op, backend, forced, _autotune.is_on(), threads, bucket, call[1:]
     plan: Plan | None = plans.get(lookup)
     if plan is None:
         check_forced(op, pattern, backend, forced)
