@@ -15,7 +15,7 @@ PACKAGES := torch numpy setuptools wheel pybind11 ninja pytest pytest-xdist scip
 NATIVE = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' \
            'tests/*.cpp' 'tests/*.cu')
 
-.PHONY: install build demo test lint bench gpu clean
+.PHONY: install build demo test lint sanitize bench gpu clean
 
 install: build
 
@@ -41,6 +41,9 @@ lint: $(ENVIRONMENT)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	@$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(NATIVE)
+
+sanitize: $(ENVIRONMENT)
+	.ci/sanitize $(PY)
 
 bench: build
 	$(PY) -m benchmarks --quick

@@ -6,6 +6,7 @@ which also loads on a machine without a GPU. Environment variables:
 
 TSCNC_WITH_CUDA=0|1     leave CUDA out, or fail when nvcc is missing (default: use nvcc if found)
 TORCH_CUDA_ARCH_LIST    CUDA architectures, e.g. "8.0;9.0+PTX" (the default)
+TSCNC_SANITIZE=1        AddressSanitizer and UBSan in the CPU code, without CUDA (`make sanitize`)
 MAX_JOBS                parallel compile jobs
 """
 
@@ -36,6 +37,9 @@ if platform.machine() in {"x86_64", "AMD64"}:
     ISA_FLAGS[WIDE] = [*avx2, "-DTSCNC_WIDE_VECTORS", "-Wno-psabi"]
     ISA_FLAGS["avx2"] = avx2
     ISA_FLAGS["avx512"] = [*avx2, *avx512]
+
+
+SANITIZE_FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def source_digest() -> str:
@@ -96,12 +100,14 @@ class NinjaBuild(build_ext):
         from ninja.ninja_syntax import Writer
 
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        self.sanitize = SANITIZE_FLAGS if os.environ.get("TSCNC_SANITIZE") == "1" else []
         kind = "develop" if self.inplace else "release"
         self.build_dir = ROOT / "build" / f"native-{kind}-{tag}"
         self.build_dir.mkdir(parents=True, exist_ok=True)
-        self.nvcc = find_nvcc()
+        self.nvcc = None if self.sanitize else find_nvcc()
         archs = cuda_architectures() if self.nvcc else []
-        self.isas = [isa for isa in ISA_FLAGS if self.inplace or isa != WIDE]
+        development = self.inplace and not self.sanitize
+        self.isas = [isa for isa in ISA_FLAGS if development or isa != WIDE]
         cuda = " ".join(archs) or "none (nvcc not found, or TSCNC_WITH_CUDA=0)"
         print(f"tscnc_kernels: CPU {' '.join(self.isas)}; CUDA {cuda}")
         self.write_config(archs)
@@ -142,6 +148,7 @@ class NinjaBuild(build_ext):
         common += ["-Wno-maybe-uninitialized"]
         # No kernel reads errno or traps; without these flags gcc leaves comparisons scalar.
         common += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+        common += self.sanitize
         if WIDE in self.isas:
             common += ["-DTSCNC_WITH_WIDE"]
         host = [*common, *includes, *torch_includes]
@@ -193,7 +200,7 @@ class NinjaBuild(build_ext):
             nvcc = shlex.quote(self.nvcc)
             linker = f"{nvcc} -ccbin {compiler} -shared -cudart static -Xlinker --as-needed"
         else:
-            linker = f"{compiler} -shared -Wl,--as-needed"
+            linker = shlex.join([compiler, "-shared", "-Wl,--as-needed", *self.sanitize])
         command = f"{linker} $in {torch_libraries} -o $out"
         ninja.rule("link", command, description="LINK $out")
         ninja.build("_C.so", "link", objects)

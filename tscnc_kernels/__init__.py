@@ -3,12 +3,13 @@
 from tscnc_kernels import nn
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
-from tscnc_kernels.nn.sparsify import explain
+from tscnc_kernels.nn.explain import explain
 from tscnc_kernels.ops.condition_number_penalty import condition_number_penalty
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.gated_transformed_l1 import gated_transformed_l1
 from tscnc_kernels.ops.hard_concrete import hard_concrete, hard_concrete_active_probability
 from tscnc_kernels.ops.logdet_gram import logdet_gram
+from tscnc_kernels.ops.masked_conv2d import masked_conv2d
 from tscnc_kernels.ops.masked_linear import masked_linear
 from tscnc_kernels.ops.transformed_l1 import transformed_l1, transformed_l1_value_and_grad
 from tscnc_kernels.ops.transformed_l1_prox import transformed_l1_prox
@@ -27,6 +28,7 @@ __all__ = [
     "hard_concrete",
     "hard_concrete_active_probability",
     "logdet_gram",
+    "masked_conv2d",
     "masked_linear",
     "nn",
     "transformed_l1",

@@ -15,6 +15,7 @@ struct FloatLayout;
 template <>
 struct FloatLayout<float> {
   using Bits = int32_t;
+  using UnsignedBits = uint32_t;
   static constexpr int kMantissaBits = 23;
   static constexpr Bits kBias = 127;
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer in the low bits
@@ -26,6 +27,7 @@ struct FloatLayout<float> {
 template <>
 struct FloatLayout<double> {
   using Bits = int64_t;
+  using UnsignedBits = uint64_t;
   static constexpr int kMantissaBits = 52;
   static constexpr Bits kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
@@ -46,7 +48,7 @@ inline To bit_cast(From value) {
 template <class S>
 inline Vec<S> exp(Vec<S> x) {
   using Layout = FloatLayout<S>;
-  using BitVec = Vec<typename Layout::Bits>;
+  using BitVec = Vec<typename Layout::UnsignedBits>;
   x = x < Layout::kMinExp ? broadcast(Layout::kMinExp) : x;
   x = x > Layout::kMaxExp ? broadcast(Layout::kMaxExp) : x;
   const Vec<S> rounded = x * S(0x1.71547652b82fep0) + Layout::kRound;
@@ -64,12 +66,14 @@ inline Vec<S> exp(Vec<S> x) {
 template <class S>
 inline Vec<S> log(Vec<S> x) {
   using Layout = FloatLayout<S>;
-  using BitVec = Vec<typename Layout::Bits>;
+  using BitVec = Vec<typename Layout::UnsignedBits>;
+  using SignedVec = Vec<typename Layout::Bits>;
   const BitVec half_root = bit_cast<BitVec>(broadcast(S(0x1.6a09e667f3bcdp-1)));
   // x = 2^exponent * mantissa with the mantissa in [sqrt(1/2), sqrt(2)).
   const BitVec bits = bit_cast<BitVec>(x);
-  const BitVec exponent = (bits - half_root) >> Layout::kMantissaBits;
-  const Vec<S> mantissa = bit_cast<Vec<S>>(bits - (exponent << Layout::kMantissaBits));
+  const SignedVec exponent = bit_cast<SignedVec>(bits - half_root) >> Layout::kMantissaBits;
+  const Vec<S> mantissa =
+      bit_cast<Vec<S>>(bits - (bit_cast<BitVec>(exponent) << Layout::kMantissaBits));
   const Vec<S> t = (mantissa - S(1)) / (mantissa + S(1));
   const Vec<S> square = t * t;
   // log(mantissa) = 2 atanh(t), |t| < 0.172.

@@ -1,17 +1,21 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
+from tscnc_kernels.nn._fuse import FusedActivation
+from tscnc_kernels.nn.explain import explain
+from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.nn.sparsify import (
     LayerReport,
     SparsifyReport,
     densify,
-    explain,
     sparsify,
     update_masks,
 )
 
 __all__ = [
+    "FusedActivation",
     "LayerReport",
+    "MaskedConv2d",
     "MaskedLinear",
     "SparsifyReport",
     "densify",

@@ -11,8 +11,10 @@ at 0 is 0; gelu is the exact one, z Φ(z).
 
 Algorithms of the native backend: "panel" transposes groups of samples into panels and runs over
 the kept entries once per panel, in registers (csrc/cpu/panel.h); the forward product, dX with the
-transposed index and dW at the kept entries all work so. "dense" is torch's GEMM on W ∘ M. The
-other backends have only "dense".
+transposed index and dW at the kept entries all work so. "small_batch" does so for up to 16 samples
+and adds dX up row by row; "spmv" takes one sample at a time from a plain vector; "block" shares
+loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
+other backends have.
 
 Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with
 separate passes for dX and dW. Deviations: none in the formula; reductions are ordered, so that
@@ -28,17 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._activation import ACTIVATIONS, activate, activation_gradient
+from tscnc_kernels._apply import eager_apply, is_eager
 from tscnc_kernels._autocast import autocast_dtype, cast
-from tscnc_kernels._checks import check_floating
-from tscnc_kernels._masked_algorithms import (
-    ALGORITHMS,
-    DENSE,
-    SPARSE,
-    Algorithms,
-    choose,
-    column_index,
-    row_index,
-)
+from tscnc_kernels._autotune import DENSE
+from tscnc_kernels._checks import check_masked_operands, check_name
+from tscnc_kernels._masked_algorithms import ALGORITHMS, SPARSE, Call, Choice, choose
+from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -47,7 +45,6 @@ from tscnc_kernels.sparsity import SparsityPattern
 BACKENDS = ("native", "reference")
 _backend.register("masked_linear", BACKENDS)
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -64,17 +61,7 @@ def _check(
         raise TypeError(f"expected pattern to be a SparsityPattern, got {type(pattern).__name__}")
     if len(pattern.shape) != 2:
         raise ValueError(f"expected a pattern of shape (N, K), got {pattern.shape}")
-    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, tensor in named.items():
-        check_floating(name, tensor)
-        if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != pattern.device:
-            raise ValueError(
-                f"expected {name} on the pattern's device {pattern.device}, got {tensor.device}"
-            )
+    check_masked_operands(input, weight, bias, pattern)
     rows, width = pattern.shape
     if input.ndim == 0 or input.shape[-1] != width:
         raise ValueError(f"expected input of shape (..., {width}), got {tuple(input.shape)}")
@@ -85,63 +72,14 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"expected bias of shape ({rows},), got {tuple(bias.shape)}")
-    if activation not in tuple(ACTIVATIONS):
-        raise ValueError(
-            f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"expected algorithm to be None or one of {', '.join(ALGORITHMS)}, got {algorithm!r}"
-        )
+    check_name("activation", activation, ACTIVATIONS)
+    if algorithm is not None:
+        check_name("algorithm", algorithm, ALGORITHMS)
     if dense_grad and weight.ndim == 1:
         raise ValueError(
             f"dense_grad=True needs a dense weight of shape ({rows}, {width}), got values of shape "
             f"{tuple(weight.shape)}"
         )
-
-
-class _KeepGradient(torch.autograd.Function):
-    """W ∘ M whose gradient passes the mask unchanged."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return weight.where(mask, weight.new_zeros(()))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        pass
-
-    @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        return grad_output, None
-
-
-def _masked_weight(weight: Tensor, pattern: SparsityPattern, dense_grad: bool = False) -> Tensor:
-    """W ∘ M, zero off the mask even where W is not finite."""
-    if weight.ndim == 1:
-        return pattern.scatter(weight)
-    if dense_grad:
-        return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return,no-untyped-call]
-    return weight.where(pattern.mask, weight.new_zeros(()))
-
-
-def _activate(z: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return F.relu(z)
-    return F.gelu(z) if activation == "gelu" else z
-
-
-def _activation_gradient(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """The gradient dY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
-    if activation == "relu":
-        return grad_output.masked_fill(saved <= 0, 0)
-    if activation == "gelu":
-        distribution = 0.5 * (1 + torch.erf(saved * 0.5**0.5))
-        density = torch.exp(-0.5 * saved * saved) * (2 * torch.pi) ** -0.5
-        return grad_output * (distribution + saved * density)
-    return grad_output
 
 
 def reference(
@@ -154,7 +92,7 @@ def reference(
     dense_grad: bool = False,
 ) -> Tensor:
     """Plain torch, differentiable to any order."""
-    return _activate(F.linear(input, _masked_weight(weight, pattern, dense_grad), bias), activation)
+    return activate(F.linear(input, masked_weight(weight, pattern, dense_grad), bias), activation)
 
 
 def reference_backward(
@@ -172,8 +110,8 @@ def reference_backward(
     `saved` is Z (B, N), needed only with an activation. `needs` tells which of the gradients of
     input, weight and bias to compute; the others are None.
     """
-    gradient = _activation_gradient(grad_output, saved, activation)
-    grad_input = gradient @ _masked_weight(weight, pattern, dense_grad) if needs[0] else None
+    gradient = activation_gradient(grad_output, saved, activation)
+    grad_input = gradient @ masked_weight(weight, pattern, dense_grad) if needs[0] else None
     grad_weight = gradient.t() @ input if needs[1] else None
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = pattern.gather(grad_weight)
@@ -214,10 +152,18 @@ for _name in ("masked_linear", "masked_linear_backward"):
 
 
 class _Options(NamedTuple):
+    # None where the index comes as tensors, which tracing and functorch need to see.
+    pattern: SparsityPattern | None
+    shape: tuple[int, ...]
     activation: str
     dense_grad: bool
     assume_masked: bool
-    algorithms: Algorithms
+    algorithms: Choice
+
+
+def _pattern(options: _Options, index: Sequence[Tensor]) -> SparsityPattern:
+    found = options.pattern
+    return SparsityPattern(options.shape, *index) if found is None else found
 
 
 def _forward(
@@ -229,16 +175,30 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
-    save = save and options.activation == "gelu"
-    if options.algorithms.forward != DENSE:
-        index = row_index(pattern, options.algorithms.forward)
-        codes = ACTIVATIONS[options.activation], SPARSE[options.algorithms.forward]
+    case = input, weight, bias, pattern, options, save and options.activation == "gelu"
+    name = options.algorithms.pick("forward", lambda name: _product(name, *case), (input, weight))
+    return _product(name, *case)
+
+
+def _product(
+    algorithm: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: SparsityPattern,
+    options: _Options,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    if algorithm != DENSE:
+        blocked = algorithm == "blocked"
+        index = pattern.row_pointers, pattern.blocked_rows if blocked else pattern.columns
+        codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
         return _native.masked_linear(  # type: ignore[no-any-return]
             input, weight, bias, *index, *codes, save
         )
     held = options.assume_masked and weight.ndim == 2
-    z = F.linear(input, weight if held else _masked_weight(weight, pattern), bias)
-    return _activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
+    z = F.linear(input, weight if held else masked_weight(weight, pattern), bias)
+    return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
 
 
 def _backward(
@@ -251,69 +211,130 @@ def _backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """First derivatives; `saved` is Y for relu and Z for gelu."""
-    activation, dense_grad, algorithms = options.activation, options.dense_grad, options.algorithms
-    sparse_input = needs[0] and algorithms.grad_input != DENSE
-    sparse_weight = needs[1] and not dense_grad and algorithms.grad_weight != DENSE
-    sparse = sparse_input, sparse_weight, needs[2] and (sparse_input or sparse_weight)
-    found: list[Tensor | None] = [None, None, None]
-    if any(sparse):
-        codes = (
-            ACTIVATIONS[activation],
-            SPARSE.get(algorithms.grad_input, 0),
-            SPARSE.get(algorithms.grad_weight, 0),
+    tensors = grad_output, saved, input, weight
+    pick, for_input, for_weight = options.algorithms.pick, DENSE, DENSE
+    if needs[0]:
+        for_input = pick(
+            "grad_input",
+            lambda name: _gradients(name, DENSE, *tensors, pattern, options, (True, False, False)),
+            tensors,
         )
-        index = (
-            *row_index(pattern, algorithms.grad_weight),
-            *column_index(pattern, algorithms.grad_input),
+    if needs[1] and not options.dense_grad:
+        wanted = False, True, needs[2]
+        for_weight = pick(
+            "grad_weight",
+            lambda name: _gradients(DENSE, name, *tensors, pattern, options, wanted),
+            tensors,
         )
-        gradients = _native.masked_linear_backward(
-            grad_output, saved, input, weight, *index, *codes, *sparse
-        )
-        found = [g if wanted else None for g, wanted in zip(gradients, sparse, strict=True)]
+    return _gradients(for_input, for_weight, *tensors, pattern, options, needs)
+
+
+def _gradients(
+    for_input: str,
+    for_weight: str,
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    options: _Options,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients by named algorithms; that of the bias comes with the weight's."""
+    activation, dense_grad = options.activation, options.dense_grad
+    sparse_weight = for_weight != DENSE
+    sparse = needs[0] and for_input != DENSE, needs[1] and sparse_weight, needs[2] and sparse_weight
+    found: Sequence[Tensor | None] = (None, None, None)
+    if True in sparse:
+        tensors = grad_output, saved, input, weight
+        found = _native_gradients(for_input, for_weight, *tensors, pattern, activation, sparse)
     dense = [need and not done for need, done in zip(needs, sparse, strict=True)]
-    if any(dense):
-        gradients = reference_backward(
+    rest: Gradients = (None, None, None)
+    if True in dense:
+        rest = reference_backward(
             grad_output, saved, input, weight, pattern, activation, dense_grad, dense
         )
-        found = [f if g is None else g for f, g in zip(found, gradients, strict=True)]
-    return found[0], found[1], found[2]
+    merged = [f if done else r for f, r, done in zip(found, rest, sparse, strict=True)]
+    return merged[0], merged[1], merged[2]
+
+
+def _native_gradients(
+    for_input: str,
+    for_weight: str,
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> Sequence[Tensor | None]:
+    """As `_gradients`, of sparse algorithms only. An index is of one form, so that a blocked
+    direction and another are two calls.
+    """
+    tensors = grad_output, saved, input, weight
+    blocked_input = needs[0] and for_input == "blocked"
+    blocked_weight = (needs[1] or needs[2]) and for_weight == "blocked"
+    if needs[0] and (needs[1] or needs[2]) and blocked_input != blocked_weight:
+        rest = pattern, activation
+        (first, _, _) = _native_gradients(
+            for_input, for_weight, *tensors, *rest, (True, False, False)
+        )
+        (_, *others) = _native_gradients(for_input, for_weight, *tensors, *rest, (False, *needs[1:]))
+        return first, *others
+    rows = pattern.blocked_rows if blocked_weight else pattern.columns
+    columns = pattern.column_rows, pattern.permutation
+    index = pattern.row_pointers, rows, pattern.column_pointers
+    codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
+    return _native.masked_linear_backward(  # type: ignore[no-any-return]
+        *tensors,
+        *index,
+        *(pattern.blocked_columns if blocked_input else columns),
+        *codes,
+        *needs,
+    )
 
 
 class MaskedLinearFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
+    def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
+        pattern = _pattern(options, index)
         return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        input, weight, bias, ctx.options, ctx.pattern = inputs
+        input, weight, bias, ctx.options, *index = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
+        ctx.set_materialize_grads(False)
         saved = result if ctx.options.activation == "relu" else preactivation
-        ctx.save_for_backward(saved, input, weight, bias)
+        ctx.save_for_backward(saved, input, weight, bias, *index)
 
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
-        saved, input, weight, bias = ctx.saved_tensors
-        options, pattern = ctx.options, ctx.pattern
-        needs = wanted_gradients(ctx, (input, weight, bias))
+        saved, input, weight, bias, *index = ctx.saved_tensors
+        options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
+        if grad_output is None:
+            return None, None, None, None, *(None for _ in index)
+        pattern = _pattern(options, index)
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
-            z = F.linear(input, _masked_weight(weight, pattern, dense_grad), bias)
+            z = F.linear(input, masked_weight(weight, pattern, dense_grad), bias)
             gradients = reference_backward(
                 grad_output, z, input, weight, pattern, activation, dense_grad, needs
             )
         else:
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
-        return *gradients, None, None
+        return *gradients, None, *(None for _ in index)
 
 
 # torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
 MaskedLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     MaskedLinearFunction.forward
 )
+_apply_eagerly = eager_apply(MaskedLinearFunction)
 
 
 def masked_linear(
@@ -343,8 +364,8 @@ def masked_linear(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "panel" (native, on the kept entries), "dense" (torch's GEMM on W ∘ M); None
-            chooses by density.
+        algorithm: "panel", "small_batch", "spmv", "block" (native, on the kept entries) or
+            "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
 
     Returns:
         (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
@@ -357,29 +378,58 @@ def masked_linear(
             SparsityPattern.
         RuntimeError: the backend or the algorithm cannot run here.
 
-    NaN: the panel algorithm does not read an input that no kept weight multiplies, so that NaN or
+    NaN: the sparse algorithms do not use an input that no kept weight multiplies, so that NaN or
     infinity there stays out of the result; a dense product would spread it.
 
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
     are cast as for F.linear.
 
-    Determinism: the panel algorithm gives the same bits every run and for any number of threads.
+    Determinism: a sparse algorithm gives the same bits every run and for any number of threads.
     """
     dtype = autocast_dtype(pattern.device) if isinstance(pattern, SparsityPattern) else None
     if dtype is not None:
         input, weight = cast(input, dtype), cast(weight, dtype)
         bias = None if bias is None else cast(bias, dtype)
     _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
-    chosen = _backend.select("masked_linear", input.device, backend)
-    flat = input if input.ndim == 2 else input.reshape(-1, pattern.shape[1])
-    algorithms = choose("masked_linear", pattern, chosen, flat.shape[0], algorithm)
-    options = _Options(activation, dense_grad, assume_masked, algorithms)
+    return masked_linear_unchecked(
+        *(input, weight, pattern, bias, activation),
+        dense_grad=dense_grad,
+        assume_masked=assume_masked,
+        backend=backend,
+        algorithm=algorithm,
+    )
+
+
+def masked_linear_unchecked(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    dense_grad: bool = False,
+    assume_masked: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> Tensor:
+    """`masked_linear` on arguments that its checks have passed, and without autocast."""
+    chosen = _backend.select("masked_linear", pattern.device, backend)
+    flat = input if input.dim() == 2 else input.reshape(-1, pattern.shape[1])
     bias = None if bias is None else bias.contiguous()
-    tensors = [flat, weight] if bias is None else [flat, weight, bias]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, options, pattern
-        )
-    else:
+    eager = is_eager()
+    call = Call.of(flat, weight, assume_masked) if eager else None
+    algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
+    options = _Options(
+        *(pattern if eager else None, pattern.shape, activation),
+        *(dense_grad, assume_masked, algorithms),
+    )
+    wanted = flat.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not (wanted and torch.is_grad_enabled()):
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    return output if input.ndim == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
+    elif eager:
+        output, _ = _apply_eagerly(flat, weight, bias, options)
+    else:
+        output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
+            flat, weight, bias, options, *pattern.tensors
+        )
+    return output if input.dim() == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
