@@ -24,7 +24,7 @@ constexpr char kOp[] = "masked_conv2d";
 // Multiply-adds that are worth a second thread.
 constexpr int64_t kParallelWork = 1 << 18;
 // What a band of packed planes should leave of a second-level cache.
-constexpr int64_t kPackedBytes = 512 * 1024;
+constexpr int64_t kPackedBytes = 1024 * 1024;
 
 template <class T>
 const T* data(const Tensor& tensor) {
@@ -82,17 +82,17 @@ void check_images(const Tensor& tensor, const Tensor& like, int64_t channels, in
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 4 && tensor.size(0) == like.size(0) &&
                       tensor.size(1) == channels && tensor.size(2) == height &&
                       tensor.size(3) == width && tensor.scalar_type() == like.scalar_type(),
-                  kOp, ": expected ", name, " to be ", like.size(0), " x ", channels, " x ",
-                  height, " x ", width, " on the CPU and of the input's dtype");
+                  kOp, ": expected ", name, " to be ", like.size(0), " x ", channels, " x ", height,
+                  " x ", width, " on the CPU and of the input's dtype");
 }
 
 template <class T>
 Images<T> images(const Tensor& tensor) {
   int64_t extent = 1;
   for (int64_t d = 0; d < 4; ++d) extent += (tensor.size(d) - 1) * tensor.stride(d);
-  return {data<T>(tensor), tensor.size(0),   tensor.size(1),   tensor.size(2),
-          tensor.size(3),  tensor.stride(0), tensor.stride(1), tensor.stride(2),
-          tensor.stride(3), extent,          nullptr,          Activation::none};
+  return {data<T>(tensor),  tensor.size(0),   tensor.size(1),   tensor.size(2),
+          tensor.size(3),   tensor.stride(0), tensor.stride(1), tensor.stride(2),
+          tensor.stride(3), extent,           nullptr,          Activation::none};
 }
 
 Tensor new_images(const Tensor& like, int64_t count, int64_t channels, int64_t height,
@@ -170,10 +170,10 @@ OwnedPlanes planes_for(const AxisTaps& h, const AxisTaps& w, int64_t channels, i
                        int64_t grid_width, int64_t top, int64_t left, int64_t stride_h,
                        int64_t stride_w, bool interleaved, int64_t* band) {
   const int64_t lanes = TSCNC_SELECT(masked_conv2d_lanes<T>)();
-  OwnedPlanes owned{{0, grid_width + w.reach, top, left, stride_h, stride_w, 0, 0, nullptr, nullptr,
-                     interleaved},
-                    h.phases,
-                    w.phases};
+  OwnedPlanes owned{
+      {0, grid_width + w.reach, top, left, stride_h, stride_w, 0, 0, nullptr, nullptr, interleaved},
+      h.phases,
+      w.phases};
   const Planes& planes = owned.get();
   const int64_t row_bytes = channels * planes.phases_h * planes.phases_w * planes.width *
                             (interleaved ? lanes : 1) * static_cast<int64_t>(sizeof(Working<T>));
@@ -190,26 +190,25 @@ void run_product(ConvProduct<T> call) {
   if (call.input.count == 0) return;
   const int64_t lanes = TSCNC_SELECT(masked_conv2d_lanes<T>)();
   const int64_t group = call.planes.interleaved ? lanes : 1;
-  const int64_t items = (call.input.count + group - 1) / group *
-                        ((call.height + call.band - 1) / call.band);
+  const int64_t items =
+      (call.input.count + group - 1) / group * ((call.height + call.band - 1) / call.band);
   const int64_t threads = torch::stable::get_num_threads();
   call.row_splits = items < threads ? (threads + items - 1) / items : 1;
   int64_t kept = 0;
   const Taps& first = call.parts[0].taps;
   for (int64_t p = 0; p < call.part_count; ++p) {
     const Taps& taps = call.parts[p].taps;
-    kept += taps.bounds[taps.rows * (taps.blocks + 1) - 1] - taps.bounds[0];
+    kept += taps.bounds[taps.rows * taps.blocks] - taps.bounds[0];
   }
   const int64_t work = (kept + call.input.channels) * call.band * call.planes.width * group;
   const auto kernel = TSCNC_SELECT(masked_conv2d_product<T>);
-  const int64_t size = TSCNC_SELECT(masked_conv2d_scratch<T>)(call.planes, call.input.channels,
-                                                              first.rows, 0);
-  torch::stable::parallel_for(0, items * call.row_splits,
-                              std::max<int64_t>(1, kParallelWork / std::max<int64_t>(1, work)),
-                              [&](int64_t begin, int64_t end) {
-                                kernel(call, begin, end,
-                                       thread_scratch().reserve<Working<T>>(size));
-                              });
+  const int64_t size =
+      TSCNC_SELECT(masked_conv2d_scratch<T>)(call.planes, call.input.channels, first.rows, 0);
+  torch::stable::parallel_for(
+      0, items * call.row_splits, std::max<int64_t>(1, kParallelWork / std::max<int64_t>(1, work)),
+      [&](int64_t begin, int64_t end) {
+        kernel(call, begin, end, thread_scratch().reserve<Working<T>>(size));
+      });
 }
 
 // Ranges of rows with about equal numbers of kept entries; each sums over the images in order.
@@ -246,8 +245,8 @@ struct ForwardPlan {
                            shape.width.stride, interleaved, &band);
     const int64_t bytes =
         tile_bytes(planes.get(), h.reach, w.reach, grid_width, lanes, sizeof(Working<T>));
-    const ChannelBlocks blocks = channel_blocks(shape.group_in(), structure.rows,
-                                                structure.pointers[structure.rows], bytes);
+    const ChannelBlocks blocks =
+        channel_blocks(shape.group_in(), structure.rows, structure.pointers[structure.rows], bytes);
     taps = forward_taps(shape, structure, h, w, planes.get(), lanes, blocks, offset_memory());
   }
 };
@@ -293,12 +292,16 @@ std::tuple<Tensor, Tensor> masked_conv2d_cpu(Tensor input, Tensor weight,
   dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Tensor values = kept_values<T>(weight, structure);
+    const Tensor offsets = bias.has_value() ? in_dtype(*bias, working_type<T>()) : values;
     ForwardPlan<T> plan(shape, structure, interleaved);
-    const ConvPart<T> part{plan.taps.get(), data<Working<T>>(values), out_height, out_width, 0};
+    auto* ordered = value_memory().reserve<Working<T>>(values.numel() + 1);
+    to_blocks(plan.taps, data<Working<T>>(values), ordered);
+    const ConvPart<T> part{plan.taps.get(), ordered, out_height, out_width, 0};
     run_product<T>({images<T>(input), plan.planes.get(), &part, 1, out_height, plan.band,
-                    bias.has_value() ? data<T>(*bias) : nullptr, act, mutable_data<T>(output),
-                    save_preactivation ? mutable_data<T>(preactivation) : nullptr,
-                    output.stride(0), output.stride(1), output.stride(2), output.stride(3), 1});
+                    bias.has_value() ? data<Working<T>>(offsets) : nullptr, act,
+                    mutable_data<T>(output),
+                    save_preactivation ? mutable_data<T>(preactivation) : nullptr, output.stride(0),
+                    output.stride(1), output.stride(2), output.stride(3), 1});
   });
   return {output, preactivation};
 }
@@ -341,7 +344,7 @@ Tensor input_gradient(const ConvShape& shape, const SparseRows& structure, const
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t a = part / width.stride, b = part % width.stride;
     Taps rows = taps.get();
-    rows.bounds += part * shape.in_channels * (blocks.count + 1);
+    rows.bounds += part * shape.in_channels * blocks.count;
     grids.push_back({rows, ordered, (height.size - a + height.stride - 1) / height.stride,
                      (width.size - b + width.stride - 1) / width.stride,
                      a * result.stride(2) + b * result.stride(3)});
@@ -356,17 +359,20 @@ Tensor input_gradient(const ConvShape& shape, const SparseRows& structure, const
 template <class T>
 std::tuple<Tensor, Tensor> weight_gradient(const ConvShape& shape, const SparseRows& structure,
                                            const Tensor& weight, const Images<T>& gradient,
-                                           const Tensor& input, bool interleaved,
-                                           bool needs_weight, bool needs_bias) {
+                                           const Tensor& input, bool interleaved, bool needs_weight,
+                                           bool needs_bias) {
   const int64_t kept = needs_weight ? structure.pointers[structure.rows] : 0;
-  Tensor values = torch::stable::new_zeros(input, {kept}, working_type<T>());
+  Tensor values = torch::stable::new_empty(input, {kept}, working_type<T>());
+  auto* ordered = value_memory().reserve<Working<T>>(kept + 1);
+  std::fill(ordered, ordered + kept, Working<T>(0));
   Tensor bias =
       torch::stable::new_zeros(input, {needs_bias ? structure.rows : 0}, working_type<T>());
   ForwardPlan<T> plan(shape, structure, interleaved);
-  run_weight_gradient<T>({images<T>(input), plan.planes.get(), plan.taps.get(), gradient, plan.band,
-                          needs_weight ? mutable_data<Working<T>>(values) : nullptr,
-                          needs_bias ? mutable_data<Working<T>>(bias) : nullptr},
-                         structure);
+  run_weight_gradient<T>(
+      {images<T>(input), plan.planes.get(), plan.taps.get(), gradient, plan.band,
+       needs_weight ? ordered : nullptr, needs_bias ? mutable_data<Working<T>>(bias) : nullptr},
+      structure);
+  if (needs_weight) from_blocks(plan.taps, ordered, mutable_data<Working<T>>(values));
   values = in_dtype(values, input.scalar_type());
   bias = in_dtype(bias, input.scalar_type());
   return {needs_weight ? like_weight<T>(values, weight, structure) : values, bias};
@@ -422,9 +428,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward_cpu(
                                      channels_last);
     }
     if (!needs_weight && !needs_bias) return;
-    std::tie(grad_weight, grad_bias) =
-        weight_gradient<T>(shape, structure, weight, gradient, input, weight_interleaved,
-                           needs_weight, needs_bias);
+    std::tie(grad_weight, grad_bias) = weight_gradient<T>(
+        shape, structure, weight, gradient, input, weight_interleaved, needs_weight, needs_bias);
   });
   return {grad_input, grad_weight, grad_bias};
 }

@@ -270,11 +270,10 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
                         (!needs_rows || weight_chosen == Algorithm::blocked),
                     kOp, ": expected both directions to be blocked or none");
     const Activation act = activation_of(activation);
-    return blocked_linear_backward({{grad_output, saved, weight, column_pointers, column_rows,
-                                     permutation, act, input},
-                                    {grad_output, saved, input, weight, row_pointers, columns, act,
-                                     needs_weight, needs_bias},
-                                    needs_input});
+    return blocked_linear_backward(
+        {{grad_output, saved, weight, column_pointers, column_rows, permutation, act, input},
+         {grad_output, saved, input, weight, row_pointers, columns, act, needs_weight, needs_bias},
+         needs_input});
   }
   const bool permuted = needs_input && !is_small(input_chosen);
   const bool checked = weight.dim() == 2 || permuted || !is_small(weight_chosen);

@@ -37,25 +37,22 @@ T* mutable_data(const Tensor& tensor) {
 }
 
 // Without torch's dispatcher, which costs a microsecond, where there is nothing to convert.
-Tensor in_dtype(const Tensor& tensor,
-                                      ScalarType dtype) {
+Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
 template <class T>
 constexpr ScalarType kWorkingType =
-    sizeof(Working<T>) == 8 ? ScalarType::Double
-                            : ScalarType::Float;
+    sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
 
 // The weight's own checks, once the index has told how many entries are kept.
-void check_weight(const Tensor& weight, int64_t rows, int64_t width,
-                         int64_t kept) {
+void check_weight(const Tensor& weight, int64_t rows, int64_t width, int64_t kept) {
   if (weight.dim() == 1) {
     STD_TORCH_CHECK(weight.numel() == kept, kOp, ": expected ", kept, " values, got ",
                     weight.numel());
   } else {
-    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == width,
-                    kOp, ": expected weight to be a ", rows, " x ", width, " matrix");
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == width, kOp,
+                    ": expected weight to be a ", rows, " x ", width, " matrix");
   }
 }
 
@@ -73,8 +70,7 @@ Samples<T> samples(const Tensor& tensor) {
 }
 
 template <class T>
-Samples<T> samples(const Tensor& gradient, const Tensor& saved,
-                   Activation activation) {
+Samples<T> samples(const Tensor& gradient, const Tensor& saved, Activation activation) {
   Samples<T> result = samples<T>(gradient);
   result.activation = activation;
   if (activation != Activation::none) result.saved = data<T>(saved);
@@ -153,7 +149,7 @@ Tensor blocked_values(const BlockedRows& index, const Tensor& weight, int64_t ro
     move_dense(index, row_stride, column_stride,
                [=](int64_t entry, int64_t offset) { target[entry] = source[offset]; });
   } else {
-    move_values<T>(index, [=](int64_t entry, int64_t place) { target[entry] = source[place]; });
+    block_values(index, source, target);
   }
   return in_dtype(values, kWorkingType<T>);
 }
@@ -229,8 +225,8 @@ void blocked_forward(const LinearForward& call) {
 }
 
 void blocked_input_gradient(const LinearInputGradient& call) {
-  const BlockedRows index = blocked_index(kOp, call.column_rows,
-                                          call.column_pointers.numel() - 1, call.gradient.size(1));
+  const BlockedRows index =
+      blocked_index(kOp, call.column_rows, call.column_pointers.numel() - 1, call.gradient.size(1));
   check_weight(call.weight, index.width, index.rows, index.kept);
   const int32_t* order =
       bounded_index(kOp, call.permutation, index.kept, index.kept, "permutation");
@@ -288,7 +284,8 @@ std::tuple<Tensor, Tensor> blocked_linear(const Tensor& input, const Tensor& wei
                                           const std::optional<Tensor>& bias,
                                           const Tensor& row_pointers, const Tensor& index,
                                           int64_t activation, bool save_preactivation) {
-  const int64_t rows = row_pointers.numel() - 1, saved_rows = save_preactivation ? input.size(0) : 0;
+  const int64_t rows = row_pointers.numel() - 1,
+                saved_rows = save_preactivation ? input.size(0) : 0;
   STD_TORCH_CHECK(rows >= 1, kOp, ": expected row_pointers of at least one row, got none");
   check_matrix(input, input.size(0), input.size(1), input.scalar_type(), "input");
   check_operands(input, weight, bias, rows);
@@ -324,7 +321,8 @@ std::tuple<Tensor, Tensor, Tensor> blocked_linear_backward(BlockedBackward call)
     call.input.result = torch::stable::new_empty(input, {count, input.size(1)});
     blocked_input_gradient(call.input);
   }
-  if (call.weight.needs_weight || call.weight.needs_bias) found = blocked_weight_gradient(call.weight);
+  if (call.weight.needs_weight || call.weight.needs_bias)
+    found = blocked_weight_gradient(call.weight);
   return {call.needs_input ? call.input.result : none, std::get<0>(found), std::get<1>(found)};
 }
 

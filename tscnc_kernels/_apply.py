@@ -25,3 +25,12 @@ def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return apply(*(alive(arg) if isinstance(arg, Tensor) else arg for arg in args))
 
     return call
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record a call with these arguments."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False

@@ -1,7 +1,7 @@
 """Which algorithm computes each product of a masked layer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,16 @@ FAMILIES = {
             DENSE: Cost(0.027, 0.02, 0.2, 6e3),
         },
         (1024, 1024),
-    )
+    ),
+    "masked_conv2d": Family(
+        {"plane": 0, "batch": 1},
+        {
+            "plane": Cost(0.058, 0.5, 0.6, 1e4),
+            "batch": Cost(0.058, 0.5, 0.6, 1e4),
+            DENSE: Cost(0.025, 0.1, 0.2, 1e4),
+        },
+        (256, 256, 3, 3),
+    ),
 }
 SPARSE = FAMILIES["masked_linear"].sparse
 ALGORITHMS = (*SPARSE, DENSE)
@@ -159,6 +168,7 @@ def _around_dense(call: Call, direction: str, nnz: int, size: int) -> float:
 
 
 Choice = Algorithms | Plan
+Model = Callable[..., dict[str, float]]  # with the arguments of `predict`
 
 
 def choose(
@@ -177,7 +187,11 @@ def choose(
     check_forced(op, pattern, backend, forced)
     if forced is not None or backend != "native":
         return Algorithms(*[forced or DENSE] * 3)
-    return Algorithms(*(_below(pattern.density, ranges) for ranges in _ranges(op)))
+    names = [_below(pattern.density, ranges) for ranges in _ranges(op)]
+    if not pattern.is_blocked:
+        # A graph would build that index on every call.
+        names = ["panel" if name == "blocked" else name for name in names]
+    return Algorithms(*names)
 
 
 @torch.compiler.assume_constant_result
@@ -230,9 +244,16 @@ def density_bucket(density: float) -> int:
 
 
 def plan_for(
-    op: str, pattern: SparsityPattern, backend: str, call: Call, forced: str | None = None
+    op: str,
+    pattern: SparsityPattern,
+    backend: str,
+    call: Call,
+    forced: str | None = None,
+    model: Model = predict,
 ) -> Plan:
     """The plan of one kind of call on a pattern; the pattern keeps it.
+
+    `model` predicts, with the arguments of `predict`.
 
     Raises:
         RuntimeError: a sparse algorithm was asked for on a backend without it.
@@ -245,7 +266,7 @@ def plan_for(
     plan: Plan | None = plans.get(lookup)
     if plan is None:
         check_forced(op, pattern, backend, forced)
-        plan = plans[lookup] = _new_plan(op, pattern, backend, call, forced)
+        plan = plans[lookup] = _new_plan(op, pattern, backend, call, forced, model)
     return plan
 
 
@@ -255,7 +276,12 @@ def plans_of(pattern: SparsityPattern) -> list[Plan]:
 
 
 def _new_plan(
-    op: str, pattern: SparsityPattern, backend: str, call: Call, forced: str | None
+    op: str,
+    pattern: SparsityPattern,
+    backend: str,
+    call: Call,
+    forced: str | None,
+    model: Model,
 ) -> Plan:
     if backend != "native":
         return Plan(call, op, lambda direction: {DENSE: math.inf}, forced)
@@ -268,5 +294,6 @@ def _new_plan(
         *(f"d{density_bucket(pattern.density)}", weight, call.layout, call.detail),
     ]
     # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
-    case, blocks = (op, pattern.shape, pattern.nnz, call), pattern.block_shape
-    return Plan(call, "/".join(parts), lambda direction: predict(*case, direction, blocks), forced)
+    case = op, pattern.shape, pattern.nnz, call
+    blocks = pattern.block_shape if len(pattern.shape) == 2 else None
+    return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)

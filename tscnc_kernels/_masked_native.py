@@ -36,8 +36,8 @@ def native_gradients(
     weight: Tensor,
     pattern: SparsityPattern,
     activation: int,
-    needs: tuple[bool, bool, bool],
-) -> Sequence[Tensor | None]:
+    needs: Sequence[bool],
+) -> Sequence[Tensor]:
     """The gradients of input, weight and bias by sparse algorithms; those not needed are empty.
 
     A call reads one form of the index, so that a blocked direction and another are two calls.

@@ -24,10 +24,14 @@ class _KeepGradient(torch.autograd.Function):
         return grad_output, None
 
 
-def masked_weight(weight: Tensor, pattern: SparsityPattern, dense_grad: bool = False) -> Tensor:
-    """W ∘ M, zero off the mask even where W is not finite."""
+def masked_weight(
+    weight: Tensor, pattern: SparsityPattern, dense_grad: bool = False, held: bool = False
+) -> Tensor:
+    """W ∘ M, zero off the mask even where W is not finite; `held` promises that a dense W is."""
     if weight.ndim == 1:
         return pattern.scatter(weight)
+    if held:
+        return weight
     if dense_grad:
         return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return,no-untyped-call]
     return weight.where(pattern.mask, weight.new_zeros(()))

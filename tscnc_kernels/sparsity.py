@@ -167,6 +167,11 @@ class SparsityPattern:
         """
         return self._blocked("columns")
 
+    @property
+    def is_blocked(self) -> bool:
+        """Whether blocked_rows and blocked_columns are built."""
+        return len(self._built) == 2
+
     def _blocked(self, order: str) -> tuple[Tensor, Tensor]:
         found = self._built.get(order)
         if found is None:
@@ -341,7 +346,10 @@ def _(mask: Tensor) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("tscnc_kernels::sparsity_block")
 def _(pointers: Tensor, columns: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
+    rows, kept = pointers.shape[0] - 1, columns.shape[0]
+    step = 96 if 10 * kept > 3 * rows * width else 128
+    blocks, tiles = -(-width // step), -(-rows // 256)
+    size = 40 + 4 * (tiles * blocks + 1) + rows * blocks + kept
     return pointers.new_empty((size,), dtype=torch.uint8), order.new_empty(order.shape)
 
 

@@ -58,9 +58,10 @@ struct PixelRun {
   int64_t offset, step, count;
 };
 
-template <class T>
+// `read(offset, count)` gives elements offset, offset + step, ...
+template <class T, class Read>
 inline void pack_run(const Images<T>& source, const PixelRun& run, int64_t present,
-                     bool interleaved, Compute<T>* target) {
+                     bool interleaved, Compute<T>* target, const Read& read) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>;
   for (int64_t j = 0; j < run.count; j += kW) {
@@ -68,16 +69,39 @@ inline void pack_run(const Images<T>& source, const PixelRun& run, int64_t prese
     const int64_t offset = run.offset + j * run.step;
     if (!interleaved) {
       // What is stored behind the run is overwritten later: rows are packed in order.
-      store(target + j, gather(source, offset, run.step, left));
+      store(target + j, read(offset, left));
       continue;
     }
     Vec<C> pixels[kW];
-    for (int g = 0; g < kW; ++g) {
-      pixels[g] = g < present ? gather(source, offset + g * source.image_stride, run.step, left)
-                              : Vec<C>{};
+    if (present == kW) {
+#pragma GCC unroll 16
+      for (int g = 0; g < kW; ++g) pixels[g] = read(offset + g * source.image_stride, left);
+    } else {
+      for (int g = 0; g < kW; ++g) {
+        pixels[g] = g < present ? read(offset + g * source.image_stride, left) : Vec<C>{};
+      }
     }
     transpose<C>(pixels);
-    for (int i = 0; i < left; ++i) store(target + (j + i) * kW, pixels[i]);
+    if (left == kW) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kW; ++i) store(target + (j + i) * kW, pixels[i]);
+    } else {
+      for (int i = 0; i < left; ++i) store(target + (j + i) * kW, pixels[i]);
+    }
+  }
+}
+
+template <class T>
+inline void pack_run(const Images<T>& source, const PixelRun& run, int64_t present,
+                     bool interleaved, Compute<T>* target) {
+  const int64_t last = run.offset + (present - 1) * source.image_stride + run.count + kLanes<T>;
+  if (run.step == 1 && source.saved == nullptr && last <= source.extent) {
+    pack_run(source, run, present, interleaved, target,
+             [&](int64_t offset, int64_t) { return load(source.data + offset); });
+  } else {
+    pack_run(source, run, present, interleaved, target, [&](int64_t offset, int64_t count) {
+      return gather(source, offset, run.step, count);
+    });
   }
 }
 
@@ -143,7 +167,8 @@ void pack_planes(const Images<T>& source, const Planes& planes, int64_t image, i
         // Column j of the plane holds column j * stride_w + shift of the image.
         const int64_t shift = planes.phase_w[b] - planes.left, step = planes.stride_w;
         const int64_t low = bounded(shift < 0 ? (-shift + step - 1) / step : 0);
-        const int64_t high = bounded(source.width > shift ? (source.width - shift - 1) / step + 1 : 0);
+        const int64_t high =
+            bounded(source.width > shift ? (source.width - shift - 1) / step + 1 : 0);
         for (int64_t i = 0; i < planes.rows; ++i, row += planes.width * group) {
           const int64_t h = (first_row + i) * planes.stride_h + planes.phase_h[a] - planes.top;
           const bool inside = h >= 0 && h < source.height && low < high;

@@ -7,39 +7,69 @@
 
 namespace tscnc::TSCNC_ISA {
 
-// `rows` x `vecs` vectors of results. Interleaved, they are the pixels from (row, column) on;
-// else `vecs` vectors of pixels from `first` on, counted along the rows of the padded plane, some
-// of which lie behind the end of a row of the grid.
+// `rows` x `vecs` vectors of results. Interleaved, they are the pixels from (row, column) on; else
+// the pixels from `first` on, counted along the rows of the padded plane, some of which lie behind
+// the end of a row of the grid. `first` is the place of the first one in a plane.
 struct Tile {
   int64_t rows, vecs;
   int64_t row, column;
   int64_t first;
-  int64_t last_lanes;  // lanes of the last vector that are results
 };
 
-// Calls function(tile) for the tiles that cover the grid's rows [0, height).
+// Calls function(tile) for pieces of `vecs` vectors that cover the grid's rows [0, height) of
+// planes that are not interleaved.
 template <class T, class Function>
-inline void for_each_tile(const Planes& planes, int64_t height, int64_t width,
-                          const Function& function) {
-  if (!planes.interleaved) {
-    constexpr int64_t kMost = kConvTileVecs * kLanes<T>;
-    const int64_t count = (height - 1) * planes.width + width;
-    for (int64_t first = 0; first < count; first += kMost) {
-      const int64_t left = count - first < kMost ? count - first : kMost;
-      const int64_t vecs = (left + kLanes<T> - 1) / kLanes<T>;
-      function(Tile{1, vecs, 0, 0, first, left - (vecs - 1) * kLanes<T>});
-    }
-    return;
+inline void for_each_piece(const Planes& planes, int64_t height, int64_t width, int64_t vecs,
+                           const Function& function) {
+  const int64_t most = vecs * kLanes<T>, count = (height - 1) * planes.width + width;
+  for (int64_t first = 0; first < count; first += most) {
+    const int64_t left = count - first < most ? count - first : most;
+    function(Tile{1, (left + kLanes<T> - 1) / kLanes<T>, 0, 0, first});
   }
-  const int64_t together = 2 * width <= kConvTileVecs ? 2 : 1;
-  const int64_t cuts = (width + kConvTileVecs - 1) / kConvTileVecs;
+}
+
+// The same for interleaved planes: whole rows of the grid, `together` at once.
+template <class T, class Function>
+inline void for_each_rows(const Planes& planes, int64_t height, int64_t width, int64_t together,
+                          const Function& function) {
   for (int64_t row = 0; row < height; row += together) {
     const int64_t rows = height - row < together ? height - row : together;
-    for (int64_t cut = 0; cut < cuts; ++cut) {
-      const int64_t column = width * cut / cuts, end = width * (cut + 1) / cuts;
-      const int64_t first = (row * planes.width + column) * kLanes<T>;
-      function(Tile{rows, end - column, row, column, first, kLanes<T>});
-    }
+    function(Tile{rows, width, row, 0, row * planes.width * kLanes<T>});
+  }
+}
+
+// Strips of results that are written together: one tile, or rows of tiles.
+template <class T, class Function>
+inline void for_each_strip(const Planes& planes, int64_t height, int64_t width,
+                           const Function& function) {
+  if (planes.interleaved) {
+    for_each_rows<T>(planes, height, width, 2 * width <= kConvTileVecs ? 2 : 1, function);
+  } else {
+    for_each_piece<T>(planes, height, width, kConvTileVecs, function);
+  }
+}
+
+// Runs that a weight's gradient is summed over in registers: long enough to make up for reducing
+// the sums, short enough for their pixels to stay in a cache.
+template <class T, class Function>
+inline void for_each_run_of(const Planes& planes, int64_t height, int64_t width,
+                            const Function& function) {
+  if (planes.interleaved) {
+    const int64_t rows = (kConvRunVecs + width - 1) / width;
+    for_each_rows<T>(planes, height, width, rows, function);
+  } else {
+    for_each_piece<T>(planes, height, width, kConvRunVecs, function);
+  }
+}
+
+// Calls function(tile) for the tiles of a strip.
+template <class T, class Function>
+inline void for_each_tile(const Planes& planes, const Tile& strip, const Function& function) {
+  if (!planes.interleaved) return function(strip);
+  const int64_t cuts = (strip.vecs + kConvTileVecs - 1) / kConvTileVecs;
+  for (int64_t cut = 0; cut < cuts; ++cut) {
+    const int64_t column = strip.vecs * cut / cuts, end = strip.vecs * (cut + 1) / cuts;
+    function(Tile{strip.rows, end - column, strip.row, column, strip.first + column * kLanes<T>});
   }
 }
 
@@ -80,8 +110,8 @@ inline void put(T* target, int64_t step, Vec<Compute<T>> value, int64_t count) {
   }
 }
 
-// Calls function(lane, count, offset, step) for the runs of a tile: `count` lanes from `lane` on are
-// results that lie at offset, offset + step, ... of the target.
+// Calls function(lane, count, offset, step) for the runs of a tile: `count` lanes from `lane` on
+// are results that lie at offset, offset + step, ... of the target.
 template <class T, class Function>
 inline void for_each_run(const Planes& planes, const Tile& tile, int64_t height, int64_t width,
                          int64_t present, const Target<T>& target, const Function& function) {
@@ -121,7 +151,8 @@ void unpack_tile(const Planes& planes, const Tile& tile, int64_t height, int64_t
                       for (int64_t row = 0; row < rows; row += kW) {
                         const int64_t left = rows - row < kW ? rows - row : kW;
                         Vec<C> block[kW] = {};
-                        for (int i = 0; i < left; ++i) block[i] = load(sums + (row + i) * size + lane);
+                        for (int i = 0; i < left; ++i)
+                          block[i] = load(sums + (row + i) * size + lane);
                         transpose<C>(block);
                         for (int i = 0; i < count; ++i) {
                           put(target.data + offset + i * step + row, 1, block[i], left);

@@ -33,9 +33,9 @@ struct Planes {
   bool interleaved;  // a pixel is one vector of images, else one element of one image
 };
 
-// The kept weights of row r are bounds[r * (blocks + 1)] to bounds[r * (blocks + 1) + blocks], cut
-// into blocks of channels whose planes fit a first-level cache. A weight and the pixel with element
-// p of the packed planes meet at element p + offset.
+// The kept weights, cut into blocks of channels whose planes fit a first-level cache: those of row
+// r in block b are bounds[b * rows + r] to bounds[b * rows + r + 1]. A weight and the pixel with
+// element p of the packed planes meet at element p + offset.
 struct Taps {
   const int32_t* bounds;
   const int32_t* offsets;
@@ -60,7 +60,7 @@ struct ConvProduct {
   const ConvPart<T>* parts;
   int64_t part_count;
   int64_t height, band;
-  const T* bias;  // (rows,) or null
+  const Working<T>* bias;  // (rows,) or null
   Activation activation;
   T* output;
   T* preactivation;  // the same without the activation, or null
@@ -83,6 +83,8 @@ struct ConvWeightGradient {
 
 // Vectors of a tile of results: with them, the registers are half full.
 constexpr int64_t kConvTileVecs = 8;
+// Vectors of gradients that a weight's gradient is summed over at once.
+constexpr int64_t kConvRunVecs = 32;
 
 // Images packed together where planes are interleaved.
 TSCNC_PER_ISA(template <class T> int64_t masked_conv2d_lanes();)
@@ -94,9 +96,9 @@ TSCNC_PER_ISA(template <class T> int64_t masked_conv2d_scratch(const Planes& pla
 
 // The items [begin, end) of a product: item (group of images, band, range of rows), the last
 // running fastest, so that neighbours share the packed planes.
-TSCNC_PER_ISA(template <class T>
-              void masked_conv2d_product(const ConvProduct<T>& call, int64_t begin, int64_t end,
-                                         Working<T>* scratch);)
+TSCNC_PER_ISA(template <class T> void masked_conv2d_product(const ConvProduct<T>& call,
+                                                            int64_t begin, int64_t end,
+                                                            Working<T>* scratch);)
 
 // The rows [begin, end) of a weight gradient, over all images in order.
 TSCNC_PER_ISA(template <class T>

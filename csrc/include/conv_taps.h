@@ -61,8 +61,9 @@ struct OwnedTaps {
 // cache, and a row's weights in one block be enough to pay for reloading the sums.
 inline ChannelBlocks channel_blocks(int64_t channels, int64_t rows, int64_t kept,
                                     int64_t bytes_per_channel) {
-  constexpr int64_t kCacheBytes = 24 * 1024, kFewestTaps = 16;
-  const int64_t fitting = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, bytes_per_channel));
+  constexpr int64_t kCacheBytes = 24 * 1024, kFewestTaps = 8;
+  const int64_t fitting =
+      std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, bytes_per_channel));
   const int64_t most = std::max<int64_t>(1, kept / (std::max<int64_t>(1, rows) * kFewestTaps));
   const int64_t count = std::min(most, (channels + fitting - 1) / fitting);
   const int64_t size = (channels + count - 1) / count;
@@ -149,7 +150,27 @@ inline int64_t channel_elements(const Planes& planes, int64_t lanes) {
          pixel_elements(planes, lanes);
 }
 
-// The structure of the forward product and of the weight's gradient: the pattern's own order.
+// Calls function(row, begin, end, place) for the entries begin to end of the pattern that lie at
+// `place` on in blocks.
+template <class Function>
+void for_each_piece(const OwnedTaps& taps, const Function& function) {
+  int32_t begin = 0;
+  for (int64_t row = 0; row < taps.rows; ++row) {
+    for (int64_t block = 0; block < taps.blocks; ++block) {
+      const int32_t* bounds = taps.bounds.data() + block * taps.rows + row;
+      const int32_t end = begin + bounds[1] - bounds[0];
+      function(row, begin, end, bounds[0]);
+      begin = end;
+    }
+  }
+}
+
+// Sums in place: entry i + 1 is the size of part i before and its end after.
+inline void sum_up(std::vector<int32_t>& bounds) {
+  for (size_t i = 1; i < bounds.size(); ++i) bounds[i] += bounds[i - 1];
+}
+
+// The structure of the forward product and of the weight's gradient.
 inline OwnedTaps forward_taps(const ConvShape& shape, const SparseRows& structure,
                               const AxisTaps& h, const AxisTaps& w, const Planes& planes,
                               int64_t lanes, const ChannelBlocks& blocks, Scratch& memory) {
@@ -164,32 +185,49 @@ inline OwnedTaps forward_taps(const ConvShape& shape, const SparseRows& structur
       }
     }
   }
-  const int32_t *pointers = structure.pointers, *columns = structure.columns;
-  int32_t* offsets = memory.reserve<int32_t>(pointers[structure.rows] + 1);
-  OwnedTaps taps{{}, offsets, structure.rows, blocks.count};
-  taps.bounds.reserve(static_cast<size_t>(structure.rows * (blocks.count + 1)));
+  const int64_t rows = structure.rows;
   const int64_t block_width = blocks.channels * shape.height.kernel * shape.width.kernel;
-  for (int64_t row = 0; row < structure.rows; ++row) {
-    const int64_t group = row / shape.group_out();
-    const auto base =
-        static_cast<int32_t>(group * shape.group_in() * channel_elements(planes, lanes));
-    for (int32_t j = pointers[row]; j < pointers[row + 1]; ++j) {
-      offsets[j] = table[static_cast<size_t>(columns[j])] + base;
+  int32_t* offsets = memory.reserve<int32_t>(structure.pointers[rows] + 1);
+  OwnedTaps taps{std::vector<int32_t>(static_cast<size_t>(rows * blocks.count + 1)), offsets, rows,
+                 blocks.count};
+  for (int64_t row = 0, j = 0; row < rows; ++row) {
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      const int64_t end = block + 1 == blocks.count ? structure.width : (block + 1) * block_width;
+      const int64_t first = j;
+      while (j < structure.pointers[row + 1] && structure.columns[j] < end) ++j;
+      taps.bounds[static_cast<size_t>(block * rows + row) + 1] = static_cast<int32_t>(j - first);
     }
-    const int32_t* place = columns + pointers[row];
-    taps.bounds.push_back(pointers[row]);
-    for (int64_t block = 1; block < blocks.count; ++block) {
-      place = std::lower_bound(place, columns + pointers[row + 1], block * block_width);
-      taps.bounds.push_back(static_cast<int32_t>(place - columns));
-    }
-    taps.bounds.push_back(pointers[row + 1]);
   }
+  sum_up(taps.bounds);
+  for_each_piece(taps, [&](int64_t row, int32_t begin, int32_t end, int32_t place) {
+    const int64_t first_channel = row / shape.group_out() * shape.group_in();
+    const auto base = static_cast<int32_t>(first_channel * channel_elements(planes, lanes));
+    for (int32_t j = begin; j < end; ++j) {
+      offsets[place + j - begin] = table[static_cast<size_t>(structure.columns[j])] + base;
+    }
+  });
   return taps;
 }
 
-// The structure of the input's gradient: row `part * in_channels + channel` holds the weights that
-// meet the channel's pixels (a + i * stride_h, b + j * stride_w), part = a * stride_w + b, by output
-// channel. `values` are put into this order.
+// Values in the pattern's order, as the blocks of forward_taps order them.
+template <class C>
+void to_blocks(const OwnedTaps& taps, const C* values, C* ordered) {
+  for_each_piece(taps, [&](int64_t, int32_t begin, int32_t end, int32_t place) {
+    std::copy(values + begin, values + end, ordered + place);
+  });
+}
+
+// The inverse.
+template <class C>
+void from_blocks(const OwnedTaps& taps, const C* ordered, C* values) {
+  for_each_piece(taps, [&](int64_t, int32_t begin, int32_t end, int32_t place) {
+    std::copy(ordered + place, ordered + place + (end - begin), values + begin);
+  });
+}
+
+// The structure of the input's gradient: part a * stride_w + b holds the weights that meet the
+// pixels (a + i * stride_h, b + j * stride_w), by block of output channels, then by input channel.
+// `values` are put into this order.
 template <class C>
 OwnedTaps backward_taps(const ConvShape& shape, const SparseRows& structure, const C* values,
                         const std::vector<AxisTaps>& h, const std::vector<AxisTaps>& w,
@@ -207,7 +245,7 @@ OwnedTaps backward_taps(const ConvShape& shape, const SparseRows& structure, con
         const auto a = std::find_if(h.begin(), h.end(), meets(kh));
         const auto b = std::find_if(w.begin(), w.end(), meets(kw));
         const int64_t part = (a - h.begin()) * shape.width.stride + (b - w.begin());
-        key.push_back(static_cast<int32_t>((part * channels + c) * blocks.count));
+        key.push_back(static_cast<int32_t>(part * blocks.count * channels + c));
         position.push_back(static_cast<int32_t>(
             (a->step[static_cast<size_t>(kh)] * planes.width + b->step[static_cast<size_t>(kw)]) *
             pixel));
@@ -216,23 +254,20 @@ OwnedTaps backward_taps(const ConvShape& shape, const SparseRows& structure, con
   }
   const int32_t *pointers = structure.pointers, *columns = structure.columns;
   const int64_t kept = pointers[structure.rows];
-  std::vector<int32_t> next(static_cast<size_t>(parts * channels * blocks.count) + 1);
+  OwnedTaps taps{std::vector<int32_t>(static_cast<size_t>(parts * blocks.count * channels + 1)),
+                 nullptr, channels, blocks.count};
   const auto for_entries = [&](const auto& function) {
     for (int64_t row = 0; row < structure.rows; ++row) {
       const int64_t group = row / shape.group_out(), local = row % shape.group_out();
-      const int64_t base = group * shape.group_in() * blocks.count + local / blocks.channels;
+      const int64_t base = local / blocks.channels * channels + group * shape.group_in();
       for (int32_t j = pointers[row]; j < pointers[row + 1]; ++j) {
         function(j, row, static_cast<size_t>(key[static_cast<size_t>(columns[j])] + base));
       }
     }
   };
-  for_entries([&](int32_t, int64_t, size_t place) { ++next[place + 1]; });
-  for (size_t i = 1; i < next.size(); ++i) next[i] += next[i - 1];
-  OwnedTaps taps{{}, nullptr, channels, blocks.count};
-  for (int64_t row = 0; row < parts * channels; ++row) {
-    const auto first = next.begin() + row * blocks.count;
-    taps.bounds.insert(taps.bounds.end(), first, first + blocks.count + 1);
-  }
+  for_entries([&](int32_t, int64_t, size_t place) { ++taps.bounds[place + 1]; });
+  sum_up(taps.bounds);
+  std::vector<int32_t> next = taps.bounds;
   int32_t* offsets = memory.reserve<int32_t>(kept + 1);
   C* ordered = value_memory.reserve<C>(kept + 1);
   const int64_t size = channel_elements(planes, lanes);

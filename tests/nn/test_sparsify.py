@@ -94,13 +94,23 @@ def test_optimizer_made_before_keeps_working_in_dense_mode():
     assert (model[0].weight[~mask] == 0).all() and (model[0].weight[mask] != before[mask]).all()
 
 
-def test_convolutions_are_left_alone_and_reported():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    before = model[0].weight.detach().clone()
-    report = sparsify(model, {"0.weight": torch.rand(4, 3, 3, 3) < 0.1, "2": mask_for(model[2])})
-    assert report.swapped == ["2"] and report.layers[0].kind == "Conv2d"
-    assert report.layers[0].reason.startswith("convolutions have no sparse kernel")
-    assert torch.equal(model[0].weight, before)
+def test_convolutions_are_swapped_fused_and_taken_back():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    model.append(nn.Conv2d(1, 1, 1, padding_mode="circular"))
+    masks = {"0.weight": torch.rand(4, 3, 3, 3) < 0.3, "3": mask_for(model[3])}
+    masks["4"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    input = torch.randn(2, 3, 4, 4)
+    expected = masked_forward(model[:4], {"0": masks["0.weight"], "3": masks["3"]}, input)
+    report = sparsify(model, masks)
+    assert report.swapped == ["0", "3"] and report.layers[0].activation == "relu"
+    assert "MaskedConv2d values + relu" in str(report)
+    assert report.layers[2].reason == "its padding is circular, not of zeros"
+    check_close(model[:4](input), expected, 1e-5, "value")
+    update_masks(model, {"0": torch.ones(4, 3, 3, 3, dtype=torch.bool)})
+    check_close(model[:4](input), expected, 1e-5, "value")
+    densify(model)
+    assert [type(m) for m in model[:4]] == [nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear]
+    check_close(model[:4](input), expected, 1e-5, "value")
 
 
 def test_layers_that_cannot_be_swapped_say_why():
@@ -252,7 +262,7 @@ def test_update_masks_checks_everything_first():
     before = copy.deepcopy(model.state_dict())
     good = mask_for(model[0], seed=4).new_ones(12, 8)
     for bad, error, message in (
-        ({"3": torch.ones(4, 12).bool()}, ValueError, "'3' to be a MaskedLinear, got Linear"),
+        ({"3": torch.ones(4, 12).bool()}, ValueError, "'3' to be a masked layer, got Linear"),
         ({"2": torch.ones(4, 12).bool()}, ValueError, r"'2': expected shape \(12, 12\)"),
         ({"2": torch.ones(12, 12)}, TypeError, r"'2': .* got torch.float32"),
         ({"9": good}, ValueError, "known names"),

@@ -112,6 +112,7 @@ def test_nothing_is_measured_while_tracing_or_transforming(monkeypatch):
     kept = pattern()
     weight, input = torch.randn(48, 64), torch.randn(5, 64)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(
         lambda x, w: masked_linear(x, w, kept), fullgraph=True, backend="aot_eager"
     )

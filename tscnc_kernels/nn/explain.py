@@ -16,7 +16,7 @@ from tscnc_kernels._masked_algorithms import (
 )
 from tscnc_kernels.nn._gain import break_even
 from tscnc_kernels.nn._names import check_module
-from tscnc_kernels.nn.masked_linear import MaskedLinear
+from tscnc_kernels.nn.masked_layer import MaskedLayer
 
 HEADER = ("layer", "product", "runs", "predicted", "measured", "dense", "reason")
 
@@ -42,7 +42,7 @@ def explain(module: nn.Module) -> str:
     rows: list[tuple[str, ...]] = [HEADER]
     advice = []
     for name, layer in module.named_modules():
-        if isinstance(layer, MaskedLinear):
+        if isinstance(layer, MaskedLayer):
             name = name or type(layer).__name__
             plan = current_plan(layer)
             rows += _rows(name, layer, plan)
@@ -52,7 +52,7 @@ def explain(module: nn.Module) -> str:
     return "\n".join([table(rows), *advice])
 
 
-def current_plan(layer: MaskedLinear) -> Plan:
+def current_plan(layer: MaskedLayer) -> Plan:
     """The plan of the layer's last kind of call, or of a usual one."""
     seen = plans_of(layer.pattern)
     if seen:
@@ -62,7 +62,7 @@ def current_plan(layer: MaskedLinear) -> Plan:
     return plan_for(layer.op, layer.pattern, backend, call._replace(dtype=layer.weight.dtype))
 
 
-def _rows(name: str, layer: MaskedLinear, plan: Plan) -> list[tuple[str, ...]]:
+def _rows(name: str, layer: MaskedLayer, plan: Plan) -> list[tuple[str, ...]]:
     shape, call = " x ".join(map(str, layer.pattern.shape)), plan.call
     title = [
         f"{name}: {shape}, {layer.pattern.density:.2%} kept, {layer.mode}",
@@ -79,7 +79,7 @@ def _rows(name: str, layer: MaskedLinear, plan: Plan) -> list[tuple[str, ...]]:
     return rows
 
 
-def _advice(layer: MaskedLinear, plan: Plan) -> list[str]:
+def _advice(layer: MaskedLayer, plan: Plan) -> list[str]:
     backend = _backend.select(layer.op, layer.pattern.device)
     if backend != "native":
         return [f"the backend {backend!r} has no sparse kernel, 'native' has"]
@@ -104,7 +104,7 @@ def seconds(decisions: Sequence[Decision]) -> float:
     return sum((d.measured or d.predicted).get(d.algorithm, 0.0) for d in decisions)
 
 
-def _predicted(layer: MaskedLinear, call: Call, nnz: int) -> float:
+def _predicted(layer: MaskedLayer, call: Call, nnz: int) -> float:
     times = [predict(layer.op, layer.pattern.shape, nnz, call, way) for way in DIRECTIONS]
     return sum(min(found.values()) for found in times)
 

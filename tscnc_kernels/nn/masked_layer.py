@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tscnc_kernels._activation import ACTIVATIONS
+from tscnc_kernels._checks import check_name
 from tscnc_kernels.sparsity import SparsityPattern, remap
 
 MODES = ("dense", "values")
@@ -28,8 +29,17 @@ class MaskedLayer(nn.Module):
     it loads into torch's own layer with strict=False. A state of either mode loads into either
     mode, and brings its mask along; without `mask_bits` (strict=False) the weight is masked by the
     present one.
+
+    Attributes:
+        op: the name of the layer's op.
+        activation: "none", "relu" or "gelu"; computed with the product.
+        dense_grad: give the weight's gradient off the mask too, in dense mode, as pruning scores
+            and regrowth need it. An optimizer step would then fill the pruned entries.
     """
 
+    op: str
+    activation: str
+    dense_grad: bool
     weight: nn.Parameter
     bias: nn.Parameter | None
     mode: str
@@ -132,6 +142,10 @@ class MaskedLayer(nn.Module):
         self._pattern = pattern
         return carry
 
+    def _options_repr(self) -> str:
+        activation = f", activation={self.activation!r}" if self.activation != "none" else ""
+        return activation + (", dense_grad=True" if self.dense_grad else "")
+
     def _follow_device(self) -> None:
         if not self.weight.is_meta:
             self._pattern = self._pattern.to(self.weight.device)
@@ -212,10 +226,7 @@ def check_pattern(shape: tuple[int, ...], pattern: SparsityPattern, mode: str) -
 
 
 def check_options(mode: str, activation: str, dense_grad: bool) -> None:
-    """Refuse an unknown activation, and dense_grad without a dense weight."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+    """A known activation, and no dense gradient of values."""
+    check_name("activation", activation, ACTIVATIONS)
     if dense_grad and mode != "dense":
         raise ValueError(f"dense_grad=True needs mode 'dense', got {mode!r}")

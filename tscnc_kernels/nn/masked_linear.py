@@ -66,12 +66,12 @@ class MaskedLinear(MaskedLayer):
     ) -> None:
         super().__init__()
         check_pattern((out_features, in_features), pattern, mode)
-        check_options(mode, activation, dense_grad)
         self.in_features = in_features
         self.out_features = out_features
         self.mode = mode
         self.activation = activation
         self.dense_grad = dense_grad
+        check_options(mode, activation, dense_grad)
         self._make_parameters(pattern, bias, device, dtype)
 
     @classmethod
@@ -153,7 +153,5 @@ class MaskedLinear(MaskedLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, mode={self.mode!r}, "
-            f"sparsity={1 - pattern.density:.2%}, nnz={pattern.nnz}"
-            + (f", activation={self.activation!r}" if self.activation != "none" else "")
-            + (", dense_grad=True" if self.dense_grad else "")
+            f"sparsity={1 - pattern.density:.2%}, nnz={pattern.nnz}" + self._options_repr()
         )

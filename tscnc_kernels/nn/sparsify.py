@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,18 @@ from tscnc_kernels.nn._fuse import FusedActivation, fused_layers, fusible, has_h
 from tscnc_kernels.nn._gain import WORTHWHILE, measured_gain, predicted_gain
 from tscnc_kernels.nn._names import check_module, resolve
 from tscnc_kernels.nn.explain import table
-from tscnc_kernels.nn.masked_layer import MODES
+from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
+from tscnc_kernels.nn.masked_layer import MODES, MaskedLayer
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Values mode is the faster one for layers that are at least half empty.
 VALUES_DENSITY = 0.5
 ZEROS = "existing zeros"
+_PLAIN: dict[type, Callable[[Any], nn.Module]] = {
+    MaskedLinear: MaskedLinear.to_linear,
+    MaskedConv2d: MaskedConv2d.to_conv,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def sparsify(
     fuse: bool = True,
     batch: int | None = None,
 ) -> SparsifyReport:
-    """Replace pruned Linear layers of a model, in place, by `MaskedLinear`.
+    """Replace pruned layers of a model, in place, by `MaskedLinear` and `MaskedConv2d`.
 
     With `masks`, every named layer is swapped and all others stay as they are. Without, a layer is
     swapped if torch.nn.utils.prune holds a mask for it, or if so many of its weights are zero that
@@ -95,31 +100,32 @@ def sparsify(
     the layer then returns activated values. `densify` takes that back.
 
     Args:
-        model: any module that contains Linear layers.
+        model: any module that contains Linear or Conv2d layers.
         masks: name -> bool tensor of the weight's shape, true where it is kept. Names are those of
             parameters ("0.weight"); module names ("0") are accepted too.
         mode: "dense" or "values", see `MaskedLinear`; None takes values for layers with at most
             half of their entries kept.
         fuse: fuse activations.
-        batch: samples per call; each layer in question is then timed before and after the swap, on
-            random input. None predicts for 128.
+        batch: samples per call (for a convolution, pixels of one image); each layer in question is
+            then timed before and after the swap, on random input. None predicts for 128 samples
+            and 4096 pixels.
 
     Returns:
-        A report with one entry per Linear and Conv2d layer. Conv2d layers are never swapped; the
-        report says so where a mask was given for one.
+        A report with one entry per Linear and Conv2d layer.
 
     Raises:
         ValueError: an unknown name (close or known names are listed), a mask of another shape, an
             unknown mode, a mask for a weight without data (lazy, or on the meta device), a batch
-            below 1, or a model that is itself a Linear. The model is unchanged then.
+            below 1, or a model that is itself a Linear or Conv2d. The model is unchanged then.
         TypeError: a mask that is not boolean, or arguments of other types.
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"expected mode to be None or one of {', '.join(MODES)}, got {mode!r}")
     if batch is not None and batch < 1:
         raise ValueError(f"expected a batch of at least 1, got {batch}")
-    if isinstance(model, nn.Linear):
-        raise ValueError("expected a model that contains Linear layers, got a Linear itself")
+    if isinstance(model, nn.Linear | nn.Conv2d):
+        kind = type(model).__name__
+        raise ValueError(f"expected a model that contains {kind} layers, got a {kind} itself")
     resolved = resolve(model, {} if masks is None else masks)
     named = {name: _pattern(model, name, mask) for name, mask in resolved.items()}
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -127,8 +133,9 @@ def sparsify(
     layers: list[LayerReport] = []
     swaps: dict[nn.Module, _Swap] = {}
     for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear) and name in named:
-            raise ValueError(f"{name!r} is a MaskedLinear already; use nn.update_masks")
+        if isinstance(module, MaskedLayer) and name in named:
+            kind = type(module).__name__
+            raise ValueError(f"{name!r} is a {kind} already; use nn.update_masks")
         if not isinstance(module, nn.Linear | nn.Conv2d) or not _is_materialised(module.weight):
             continue
         pattern, reason = _candidate(module, named.get(name), masks is not None, users)
@@ -161,18 +168,21 @@ def _apply_swaps(model: nn.Module, swaps: Mapping[nn.Module, _Swap]) -> None:
     _replace(model, lambda module: _masked(module, swaps[module]) if module in swaps else None)
 
 
-def _masked(module: nn.Module, swap: _Swap) -> nn.Module:
-    assert isinstance(module, nn.Linear)
+def _masked(module: nn.Module, swap: _Swap) -> MaskedLayer:
     if prune.is_pruned(module):
         prune.remove(module, "weight")
     pattern, mode, activation = swap
+    if isinstance(module, nn.Conv2d):
+        return MaskedConv2d.from_conv(module, pattern, mode, activation=activation)
+    assert isinstance(module, nn.Linear)
     return MaskedLinear.from_linear(module, pattern, mode, activation=activation)
 
 
 def _gain(module: nn.Module, swap: _Swap, batch: int | None) -> float:
     if batch is None:
         pattern = swap.pattern
-        return predicted_gain(MaskedLinear.op, pattern.shape, pattern.nnz, swap.mode == "values")
+        op = MaskedConv2d.op if isinstance(module, nn.Conv2d) else MaskedLinear.op
+        return predicted_gain(op, pattern.shape, pattern.nnz, swap.mode == "values")
     plain = copy.deepcopy(module)
     masked = _masked(copy.deepcopy(module), swap._replace(activation="none"))
     return measured_gain(plain, masked, batch)
@@ -204,27 +214,28 @@ def _report(
 
 
 def densify(model: nn.Module) -> None:
-    """Replace every `MaskedLinear` of a model, in place, by a Linear with the same weights.
+    """Replace every masked layer of a model, in place, by torch's own with the same weights.
 
     Activations that `sparsify` fused are modules of their own again.
 
     Args:
-        model: any module; a model without MaskedLinear stays as it is.
+        model: any module; a model without masked layers stays as it is.
 
     Raises:
-        ValueError: the model is itself a MaskedLinear (use its `to_linear`), or a layer has an
-            activation that is not `sparsify`'s doing.
+        ValueError: the model is itself a masked layer (use its `to_linear` or `to_conv`), or a
+            layer has an activation that is not `sparsify`'s doing.
         TypeError: not a module.
     """
     check_module(model)
-    if isinstance(model, MaskedLinear):
-        raise ValueError("expected a model that contains MaskedLinear, got one; use to_linear()")
+    if isinstance(model, MaskedLayer):
+        kind, use = type(model).__name__, _PLAIN[type(model)].__name__
+        raise ValueError(f"expected a model that contains {kind}, got one; use {use}()")
     fused = fused_layers(model)
     for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear) and module.activation != "none" and module not in fused:
+        if isinstance(module, MaskedLayer) and module.activation != "none" and module not in fused:
             raise ValueError(
-                f"{name!r} computes {module.activation} itself, which a Linear cannot; "
-                "use its to_linear() and add the activation"
+                f"{name!r} computes {module.activation} itself, which torch's own layer cannot; "
+                f"use its {_PLAIN[type(module)].__name__}() and add the activation"
             )
     _replace(model, _plain)
 
@@ -232,7 +243,7 @@ def densify(model: nn.Module) -> None:
 def _plain(module: nn.Module) -> nn.Module | None:
     if isinstance(module, FusedActivation):
         return module.original
-    return module.to_linear() if isinstance(module, MaskedLinear) else None
+    return _PLAIN[type(module)](module) if isinstance(module, MaskedLayer) else None
 
 
 def update_masks(
@@ -240,19 +251,19 @@ def update_masks(
     masks: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Change the masks of `MaskedLinear` layers, carrying weights and optimizer state over.
+    """Change the masks of masked layers, carrying weights and optimizer state over.
 
     Kept entries keep their weight, gradient and state (momentum, moments); pruned ones lose them;
     grown ones start at zero with zero state. Parameters stay the same objects.
 
     Args:
-        model: a model with MaskedLinear layers.
+        model: a model with MaskedLinear or MaskedConv2d layers.
         masks: name -> new bool mask, names as for `sparsify`. Layers not named keep theirs.
         optimizer: the optimizer that holds the layers' weights.
 
     Raises:
-        ValueError: an unknown name, a layer that is not a MaskedLinear, or a mask of another shape.
-            Nothing is changed then.
+        ValueError: an unknown name, a layer that is not masked, or a mask of another shape. Nothing
+            is changed then.
         TypeError: a mask that is not boolean, or arguments of other types.
     """
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
@@ -260,9 +271,9 @@ def update_masks(
     layers = []
     for name, mask in resolve(model, masks).items():
         layer = model.get_submodule(name)
-        if not isinstance(layer, MaskedLinear):
+        if not isinstance(layer, MaskedLayer):
             raise ValueError(
-                f"expected {name!r} to be a MaskedLinear, got {type(layer).__name__}; "
+                f"expected {name!r} to be a masked layer, got {type(layer).__name__}; "
                 "run nn.sparsify with its mask first"
             )
         _pattern(model, name, mask)
@@ -279,10 +290,10 @@ def update_masks(
 def _pattern(model: nn.Module, name: str, mask: Tensor) -> SparsityPattern:
     """The pattern of a named mask, with errors that tell the name."""
     module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear | nn.Conv2d | MaskedLinear)
-    if not isinstance(module, MaskedLinear) and not _is_materialised(module.weight):
+    assert isinstance(module, nn.Linear | nn.Conv2d | MaskedLayer)
+    if not isinstance(module, MaskedLayer) and not _is_materialised(module.weight):
         raise ValueError(f"mask of {name!r}: expected a weight with data, got a lazy or meta one")
-    shape = module.pattern.shape if isinstance(module, MaskedLinear) else tuple(module.weight.shape)
+    shape = module.pattern.shape if isinstance(module, MaskedLayer) else tuple(module.weight.shape)
     try:
         pattern = SparsityPattern.from_mask(mask)
     except (TypeError, ValueError) as error:
@@ -301,10 +312,10 @@ def _candidate(
     """The pattern that the layer could be swapped to, or None, and the reason."""
     if only_named and given is None:
         return None, "no mask was given"
-    if isinstance(module, nn.Conv2d):
-        return None, "convolutions have no sparse kernel; a mask is not applied"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return None, f"its padding is {module.padding_mode}, not of zeros"
     pruned = {name.removesuffix("_mask") for name in module._buffers if name.endswith("_mask")}
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, nn.Conv2d):
         return None, f"{type(module).__name__} is a class of its own"
     if has_hooks(module, pruned=len(pruned)) or pruned - {"weight"}:
         return None, "hooks or a pruned bias hang on it"

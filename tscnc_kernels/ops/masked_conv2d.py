@@ -34,12 +34,14 @@ from torch import Tensor
 
 from tscnc_kernels import _backend
 from tscnc_kernels._activation import ACTIVATIONS, activate, activation_gradient
-from tscnc_kernels._autocast import autocast_dtype, cast
+from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
+from tscnc_kernels._autocast import cast_operands
 from tscnc_kernels._autotune import DENSE
-from tscnc_kernels._checks import check_floating
-from tscnc_kernels._conv_algorithms import ALGORITHMS, SPARSE, choose
+from tscnc_kernels._checks import check_masked_operands, check_name
+from tscnc_kernels._conv_algorithms import ALGORITHMS, SPARSE, choose, conv_call
 from tscnc_kernels._conv_geometry import ConvGeometry, IntPair, conv_geometry, is_channels_last
-from tscnc_kernels._masked_algorithms import Algorithms
+from tscnc_kernels._masked_algorithms import Choice
+from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
 from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
@@ -48,8 +50,6 @@ from tscnc_kernels.sparsity import SparsityPattern
 # Native first: benchmarks/results/*/masked_linear.csv, which has the same kernels' inner loops.
 BACKENDS = ("native", "reference")
 _backend.register("masked_conv2d", BACKENDS)
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _check(
@@ -62,17 +62,7 @@ def _check(
     dense_grad: bool,
     algorithm: str | None,
 ) -> None:
-    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, tensor in named.items():
-        check_floating(name, tensor)
-        if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != pattern.device:
-            raise ValueError(
-                f"expected {name} on the pattern's device {pattern.device}, got {tensor.device}"
-            )
+    check_masked_operands(input, weight, bias, pattern)
     rows, shared = pattern.shape[:2]
     channels = shared * geometry.groups
     if rows % geometry.groups:
@@ -97,13 +87,9 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"expected bias of shape ({rows},), got {tuple(bias.shape)}")
-    for name, value, known in (
-        ("activation", activation, tuple(ACTIVATIONS)),
-        ("algorithm", algorithm, (None, *ALGORITHMS)),
-    ):
-        if value not in known:
-            listed = ", ".join(str(k) for k in known)
-            raise ValueError(f"expected {name} to be one of {listed}, got {value!r}")
+    check_name("activation", activation, ACTIVATIONS)
+    if algorithm is not None:
+        check_name("algorithm", algorithm, ALGORITHMS)
     if dense_grad and weight.ndim == 1:
         raise ValueError(
             f"dense_grad=True needs a dense weight of shape {pattern.shape}, got values of shape "
@@ -157,16 +143,19 @@ def reference_backward(
     activation: str = "none",
     dense_grad: bool = False,
     needs: Sequence[bool] = (True, True, True),
+    *,
+    held: bool = False,
 ) -> Gradients:
     """Gradients of `reference` for a 4-d input, themselves differentiable.
 
     `saved` is Z, needed only with an activation. `needs` tells which of the gradients of input,
-    weight and bias to compute; the others are None.
+    weight and bias to compute; the others are None. `held` promises that a dense weight is zero
+    off the mask.
     """
     gradient = activation_gradient(grad_output, saved, activation)
     grad_input, grad_weight = None, None
     if needs[0] or needs[1]:
-        masked = masked_weight(weight, pattern, dense_grad)
+        masked = masked_weight(weight, pattern, dense_grad, held)
         grad_input, grad_weight = geometry.convolve_backward(gradient, input, masked, needs)
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = pattern.gather(grad_weight)
@@ -193,8 +182,7 @@ def _(
     channels_last: bool,
     save_preactivation: bool,
 ) -> tuple[Tensor, Tensor]:
-    numbers = [(geometry[i], geometry[i + 1]) for i in (0, 2, 8)]
-    kernel, stride, dilation = numbers
+    kernel, stride, dilation = [(geometry[i], geometry[i + 1]) for i in (0, 2, 8)]
     top, bottom, left, right = geometry[4:8]
     shape = ConvGeometry(kernel, stride, (top, bottom, left, right), dilation, geometry[10])
     batch, rows = input.shape[0], row_pointers.shape[0] - 1
@@ -231,12 +219,11 @@ for _name in ("masked_conv2d", "masked_conv2d_backward"):
 
 
 class _Options(NamedTuple):
-    shape: tuple[int, ...]
     geometry: ConvGeometry
     activation: str
     dense_grad: bool
     assume_masked: bool
-    algorithms: Algorithms
+    algorithms: Choice
 
 
 def _forward(
@@ -249,16 +236,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Y for a 4-d input, and Z if it has to be saved (else a tensor of no images)."""
     save = save and options.activation == "gelu"
-    algorithm = options.algorithms.forward
-    if algorithm != DENSE:
-        codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
-        return _native.masked_conv2d(  # type: ignore[no-any-return]
-            *(input, weight, bias, pattern.row_pointers, pattern.columns),
-            *(options.geometry.numbers, *codes, is_channels_last(input), save),
-        )
-    held = options.assume_masked and weight.ndim == 4
-    z = options.geometry.convolve(input, weight if held else masked_weight(weight, pattern), bias)
-    return activate(z, options.activation), z if save else z.new_empty((0, *z.shape[1:]))
+
+    def product(algorithm: str) -> tuple[Tensor, Tensor]:
+        if algorithm != DENSE:
+            codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
+            return _native.masked_conv2d(  # type: ignore[no-any-return]
+                *(input, weight, bias, pattern.row_pointers, pattern.columns),
+                *(options.geometry.numbers, *codes, is_channels_last(input), save),
+            )
+        masked = masked_weight(weight, pattern, held=options.assume_masked)
+        z = options.geometry.convolve(input, masked, bias)
+        return activate(z, options.activation), z if save else z.new_empty((0, *z.shape[1:]))
+
+    return run_product(options.algorithms, product, (input, weight))
 
 
 def _backward(
@@ -271,58 +261,47 @@ def _backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """First derivatives; `saved` is Y for relu and Z for gelu."""
-    algorithms, activation, dense_grad = options.algorithms, options.activation, options.dense_grad
-    sparse_weight = algorithms.grad_weight != DENSE
-    sparse = [
-        needs[0] and algorithms.grad_input != DENSE,
-        needs[1] and sparse_weight and not dense_grad,
-        needs[2] and sparse_weight,
-    ]
-    found: Sequence[Tensor | None] = (None, None, None)
-    if True in sparse:
-        codes = (
-            ACTIVATIONS[activation],
-            SPARSE.get(algorithms.grad_input, 0),
-            SPARSE.get(algorithms.grad_weight, 0),
+    tensors, activation = (grad_output, saved, input, weight), options.activation
+
+    def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
+        codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
+        return _native.masked_conv2d_backward(  # type: ignore[no-any-return]
+            *(*tensors, pattern.row_pointers, pattern.columns),
+            *(options.geometry.numbers, *codes, is_channels_last(input), *wanted),
         )
-        found = _native.masked_conv2d_backward(
-            *(grad_output, saved, input, weight, pattern.row_pointers, pattern.columns),
-            *(options.geometry.numbers, *codes, is_channels_last(input), *sparse),
+
+    def dense(wanted: Sequence[bool]) -> Gradients:
+        return reference_backward(
+            *(*tensors, pattern, options.geometry, activation, options.dense_grad, wanted),
+            held=options.assume_masked,
         )
-    dense = [need and not done for need, done in zip(needs, sparse, strict=True)]
-    rest: Gradients = (None, None, None)
-    if True in dense:
-        rest = reference_backward(
-            *(grad_output, saved, input, weight, pattern, options.geometry),
-            *(activation, dense_grad, dense),
-        )
-    first, second, third = (
-        f if done else r for f, r, done in zip(found, rest, sparse, strict=True)
-    )
-    return first, second, third
+
+    return run_gradients(options.algorithms, sparse, dense, tensors, needs, options.dense_grad)
 
 
 class MaskedConv2dFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
-        pattern = SparsityPattern(options.shape, *index)
+    def forward(input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
         return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        input, weight, bias, ctx.options, *index = inputs
+        input, weight, bias, ctx.options, ctx.pattern = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
+        ctx.set_materialize_grads(False)
         saved = result if ctx.options.activation == "relu" else preactivation
-        ctx.save_for_backward(saved, input, weight, bias, *index)
+        ctx.save_for_backward(saved, input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
-        saved, input, weight, bias, *index = ctx.saved_tensors
-        options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
-        pattern = SparsityPattern(options.shape, *index)
+        if grad_output is None:
+            return None, None, None, None, None
+        saved, input, weight, bias = ctx.saved_tensors
+        options, pattern = ctx.options, ctx.pattern
+        needs = wanted_gradients(ctx, (input, weight, bias))
         if torch.is_grad_enabled():
             masked = masked_weight(weight, pattern, options.dense_grad)
             z = options.geometry.convolve(input, masked, bias)
@@ -332,13 +311,14 @@ class MaskedConv2dFunction(torch.autograd.Function):
             )
         else:
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
-        return *gradients, None, *(None for _ in index)
+        return *gradients, None, None
 
 
 # torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
 MaskedConv2dFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     MaskedConv2dFunction.forward
 )
+_apply_eagerly = eager_apply(MaskedConv2dFunction)
 
 
 def masked_conv2d(
@@ -402,21 +382,17 @@ def masked_conv2d(
     Determinism: the sparse algorithms give the same bits every run and for any number of threads.
     """
     geometry = _geometry(pattern, stride, padding, dilation, groups)
-    dtype = autocast_dtype(pattern.device)
-    if dtype is not None:
-        input, weight = cast(input, dtype), cast(weight, dtype)
-        bias = None if bias is None else cast(bias, dtype)
+    input, weight, bias = cast_operands(pattern.device, input, weight, bias)
     _check(input, weight, pattern, bias, geometry, activation, dense_grad, algorithm)
     chosen = _backend.select("masked_conv2d", input.device, backend)
     images = input if input.ndim == 4 else input.unsqueeze(0)
-    algorithms = choose("masked_conv2d", pattern, geometry, chosen, images.shape, algorithm)
-    options = _Options(pattern.shape, geometry, activation, dense_grad, assume_masked, algorithms)
-    bias = None if bias is None else bias.contiguous()
-    tensors = [images, weight] if bias is None else [images, weight, bias]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        output, _ = MaskedConv2dFunction.apply(  # type: ignore[no-untyped-call]
-            images, weight, bias, options, *pattern.tensors
-        )
+    bias, eager = None if bias is None else bias.contiguous(), is_eager()
+    call = conv_call(images, weight, geometry, assume_masked) if eager else None
+    algorithms = choose(pattern, geometry, chosen, images.shape, call, algorithm)
+    options = _Options(geometry, activation, dense_grad, assume_masked, algorithms)
+    if wants_gradient(images, weight, bias):
+        apply = _apply_eagerly if eager else MaskedConv2dFunction.apply
+        output, _ = apply(images, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
     else:
         output, _ = _forward(images, weight, bias, pattern, options, save=False)
     return output if input.ndim == 4 else output.squeeze(0)

@@ -31,11 +31,13 @@ from torch import Tensor
 
 from tscnc_kernels import _backend
 from tscnc_kernels._activation import ACTIVATIONS, activate, activation_gradient
-from tscnc_kernels._apply import eager_apply, is_eager
+from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
-from tscnc_kernels._masked_algorithms import ALGORITHMS, SPARSE, Call, Choice, choose
+from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
+from tscnc_kernels._masked_native import native_gradients, native_product
+from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
 from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
@@ -44,8 +46,6 @@ from tscnc_kernels.sparsity import SparsityPattern
 # Native first: benchmarks/results/*/masked_linear.csv.
 BACKENDS = ("native", "reference")
 _backend.register("masked_linear", BACKENDS)
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _check(
@@ -104,14 +104,18 @@ def reference_backward(
     activation: str = "none",
     dense_grad: bool = False,
     needs: Sequence[bool] = (True, True, True),
+    *,
+    held: bool = False,
 ) -> Gradients:
     """Gradients of `reference` for a 2-d input, themselves differentiable.
 
     `saved` is Z (B, N), needed only with an activation. `needs` tells which of the gradients of
-    input, weight and bias to compute; the others are None.
+    input, weight and bias to compute; the others are None. `held` promises that a dense weight is
+    zero off the mask.
     """
-    gradient = activation_gradient(grad_output, saved, activation)
-    grad_input = gradient @ masked_weight(weight, pattern, dense_grad) if needs[0] else None
+    gradient, grad_input = activation_gradient(grad_output, saved, activation), None
+    if needs[0]:
+        grad_input = gradient @ masked_weight(weight, pattern, dense_grad, held)
     grad_weight = gradient.t() @ input if needs[1] else None
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = pattern.gather(grad_weight)
@@ -152,18 +156,10 @@ for _name in ("masked_linear", "masked_linear_backward"):
 
 
 class _Options(NamedTuple):
-    # None where the index comes as tensors, which tracing and functorch need to see.
-    pattern: SparsityPattern | None
-    shape: tuple[int, ...]
     activation: str
     dense_grad: bool
     assume_masked: bool
     algorithms: Choice
-
-
-def _pattern(options: _Options, index: Sequence[Tensor]) -> SparsityPattern:
-    found = options.pattern
-    return SparsityPattern(options.shape, *index) if found is None else found
 
 
 def _forward(
@@ -175,30 +171,16 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
-    case = input, weight, bias, pattern, options, save and options.activation == "gelu"
-    name = options.algorithms.pick("forward", lambda name: _product(name, *case), (input, weight))
-    return _product(name, *case)
+    save = save and options.activation == "gelu"
 
+    def product(algorithm: str) -> tuple[Tensor, Tensor]:
+        if algorithm != DENSE:
+            activation = ACTIVATIONS[options.activation]
+            return native_product(algorithm, input, weight, bias, pattern, activation, save)
+        z = F.linear(input, masked_weight(weight, pattern, held=options.assume_masked), bias)
+        return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
 
-def _product(
-    algorithm: str,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    pattern: SparsityPattern,
-    options: _Options,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    if algorithm != DENSE:
-        blocked = algorithm == "blocked"
-        index = pattern.row_pointers, pattern.blocked_rows if blocked else pattern.columns
-        codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
-        return _native.masked_linear(  # type: ignore[no-any-return]
-            input, weight, bias, *index, *codes, save
-        )
-    held = options.assume_masked and weight.ndim == 2
-    z = F.linear(input, weight if held else masked_weight(weight, pattern), bias)
-    return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
+    return run_product(options.algorithms, product, (input, weight))
 
 
 def _backward(
@@ -211,114 +193,43 @@ def _backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """First derivatives; `saved` is Y for relu and Z for gelu."""
-    tensors = grad_output, saved, input, weight
-    pick, for_input, for_weight = options.algorithms.pick, DENSE, DENSE
-    if needs[0]:
-        for_input = pick(
-            "grad_input",
-            lambda name: _gradients(name, DENSE, *tensors, pattern, options, (True, False, False)),
-            tensors,
-        )
-    if needs[1] and not options.dense_grad:
-        wanted = False, True, needs[2]
-        for_weight = pick(
-            "grad_weight",
-            lambda name: _gradients(DENSE, name, *tensors, pattern, options, wanted),
-            tensors,
-        )
-    return _gradients(for_input, for_weight, *tensors, pattern, options, needs)
+    tensors, activation = (grad_output, saved, input, weight), options.activation
 
+    def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
+        code = ACTIVATIONS[activation]
+        return native_gradients(for_input, for_weight, *tensors, pattern, code, wanted)
 
-def _gradients(
-    for_input: str,
-    for_weight: str,
-    grad_output: Tensor,
-    saved: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    pattern: SparsityPattern,
-    options: _Options,
-    needs: Sequence[bool],
-) -> Gradients:
-    """The gradients by named algorithms; that of the bias comes with the weight's."""
-    activation, dense_grad = options.activation, options.dense_grad
-    sparse_weight = for_weight != DENSE
-    sparse = needs[0] and for_input != DENSE, needs[1] and sparse_weight, needs[2] and sparse_weight
-    found: Sequence[Tensor | None] = (None, None, None)
-    if True in sparse:
-        tensors = grad_output, saved, input, weight
-        found = _native_gradients(for_input, for_weight, *tensors, pattern, activation, sparse)
-    dense = [need and not done for need, done in zip(needs, sparse, strict=True)]
-    rest: Gradients = (None, None, None)
-    if True in dense:
-        rest = reference_backward(
-            grad_output, saved, input, weight, pattern, activation, dense_grad, dense
+    def dense(wanted: Sequence[bool]) -> Gradients:
+        return reference_backward(
+            *(*tensors, pattern, activation, options.dense_grad, wanted), held=options.assume_masked
         )
-    merged = [f if done else r for f, r, done in zip(found, rest, sparse, strict=True)]
-    return merged[0], merged[1], merged[2]
 
-
-def _native_gradients(
-    for_input: str,
-    for_weight: str,
-    grad_output: Tensor,
-    saved: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    pattern: SparsityPattern,
-    activation: str,
-    needs: tuple[bool, bool, bool],
-) -> Sequence[Tensor | None]:
-    """As `_gradients`, of sparse algorithms only. An index is of one form, so that a blocked
-    direction and another are two calls.
-    """
-    tensors = grad_output, saved, input, weight
-    blocked_input = needs[0] and for_input == "blocked"
-    blocked_weight = (needs[1] or needs[2]) and for_weight == "blocked"
-    if needs[0] and (needs[1] or needs[2]) and blocked_input != blocked_weight:
-        rest = pattern, activation
-        (first, _, _) = _native_gradients(
-            for_input, for_weight, *tensors, *rest, (True, False, False)
-        )
-        (_, *others) = _native_gradients(for_input, for_weight, *tensors, *rest, (False, *needs[1:]))
-        return first, *others
-    rows = pattern.blocked_rows if blocked_weight else pattern.columns
-    columns = pattern.column_rows, pattern.permutation
-    index = pattern.row_pointers, rows, pattern.column_pointers
-    codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
-    return _native.masked_linear_backward(  # type: ignore[no-any-return]
-        *tensors,
-        *index,
-        *(pattern.blocked_columns if blocked_input else columns),
-        *codes,
-        *needs,
-    )
+    return run_gradients(options.algorithms, sparse, dense, tensors, needs, options.dense_grad)
 
 
 class MaskedLinearFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
-        pattern = _pattern(options, index)
+    def forward(input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
         return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        input, weight, bias, ctx.options, *index = inputs
+        input, weight, bias, ctx.options, ctx.pattern = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
         ctx.set_materialize_grads(False)
         saved = result if ctx.options.activation == "relu" else preactivation
-        ctx.save_for_backward(saved, input, weight, bias, *index)
+        ctx.save_for_backward(saved, input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
-        saved, input, weight, bias, *index = ctx.saved_tensors
-        options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
         if grad_output is None:
-            return None, None, None, None, *(None for _ in index)
-        pattern = _pattern(options, index)
+            return None, None, None, None, None
+        saved, input, weight, bias = ctx.saved_tensors
+        options, pattern = ctx.options, ctx.pattern
+        needs = wanted_gradients(ctx, (input, weight, bias))
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
             z = F.linear(input, masked_weight(weight, pattern, dense_grad), bias)
@@ -327,7 +238,7 @@ class MaskedLinearFunction(torch.autograd.Function):
             )
         else:
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
-        return *gradients, None, *(None for _ in index)
+        return *gradients, None, None
 
 
 # torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
@@ -364,8 +275,8 @@ def masked_linear(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "panel", "small_batch", "spmv", "block" (native, on the kept entries) or
-            "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
+        algorithm: "panel", "blocked", "small_batch", "spmv", "block" (native, on the kept
+            entries) or "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
 
     Returns:
         (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
@@ -419,17 +330,10 @@ def masked_linear_unchecked(
     eager = is_eager()
     call = Call.of(flat, weight, assume_masked) if eager else None
     algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
-    options = _Options(
-        *(pattern if eager else None, pattern.shape, activation),
-        *(dense_grad, assume_masked, algorithms),
-    )
-    wanted = flat.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not (wanted and torch.is_grad_enabled()):
+    options = _Options(activation, dense_grad, assume_masked, algorithms)
+    if not wants_gradient(flat, weight, bias):
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    elif eager:
-        output, _ = _apply_eagerly(flat, weight, bias, options)
     else:
-        output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, options, *pattern.tensors
-        )
+        apply = _apply_eagerly if eager else MaskedLinearFunction.apply
+        output, _ = apply(flat, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
