@@ -1,11 +1,16 @@
 // masked_linear by panels of samples whose blocks of features stay in the first-level cache.
+#include "masked_linear_blocked.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
 #include <algorithm>
 #include <cstring>
 
 #include "blocked_index.h"
 #include "cpu/blocked_linear.h"
 #include "dtype_dispatch.h"
-#include "masked_linear_algorithms.h"
+#include "masked_linear_checks.h"
 #include "scratch.h"
 #include "sparse_index.h"
 
@@ -15,8 +20,62 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr const char* kOp = kMaskedLinear;
+// Multiply-adds that are worth a second thread.
+constexpr int64_t kParallelWork = 1 << 18;
 // Entries that are worth a second thread when they are only moved.
 constexpr int64_t kParallelMoves = 1 << 15;
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Without torch's dispatcher, which costs a microsecond, where there is nothing to convert.
+Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+template <class T>
+constexpr ScalarType kWorkingType =
+    sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
+
+// The weight's own checks, once the index has told how many entries are kept.
+void check_weight(const Tensor& weight, int64_t rows, int64_t width, int64_t kept) {
+  if (weight.dim() == 1) {
+    STD_TORCH_CHECK(weight.numel() == kept, kOp, ": expected ", kept, " values, got ",
+                    weight.numel());
+  } else {
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == width, kOp,
+                    ": expected weight to be a ", rows, " x ", width, " matrix");
+  }
+}
+
+// Row-major values in the type that they are multiplied in.
+template <class T>
+Tensor working_values(const Tensor& values) {
+  return in_dtype(values.is_contiguous() ? values : torch::stable::contiguous(values),
+                  kWorkingType<T>);
+}
+
+template <class T>
+Samples<T> samples(const Tensor& tensor) {
+  return {data<T>(tensor),  tensor.size(0), tensor.size(1),  tensor.stride(0),
+          tensor.stride(1), nullptr,        Activation::none};
+}
+
+template <class T>
+Samples<T> samples(const Tensor& gradient, const Tensor& saved, Activation activation) {
+  Samples<T> result = samples<T>(gradient);
+  result.activation = activation;
+  if (activation != Activation::none) result.saved = data<T>(saved);
+  return result;
+}
 
 template <class Function>
 void for_tiles(const BlockedRows& index, const Function& function) {
@@ -24,13 +83,38 @@ void for_tiles(const BlockedRows& index, const Function& function) {
   torch::stable::parallel_for(0, index.tiles(), std::max<int64_t>(1, grain), function);
 }
 
-// Moves every entry between its place in the index's order and a row-major list.
-template <class T, class Move>
-void move_values(const BlockedRows& index, const Move& move) {
+// target[0 .. count) = source[0 .. count) in steps of whole vectors where `room` further elements
+// may be read and written.
+template <class T>
+void copy_run(const T* source, T* target, int64_t count, bool room) {
+  constexpr int64_t kStep = 8;
+  if (!room) {
+    for (int64_t i = 0; i < count; ++i) target[i] = source[i];
+    return;
+  }
+  for (int64_t i = 0; i < count; i += kStep) std::memcpy(target + i, source + i, kStep * sizeof(T));
+}
+
+// The values, row-major, in the index's order.
+template <class T>
+void block_values(const BlockedRows& index, const T* values, T* blocked) {
+  for_tiles(index, [&](int64_t begin, int64_t end) {
+    // What a run writes behind itself belongs to a later run of these tiles.
+    const int64_t last = index.first_entry(end - 1, index.blocks() - 1);
+    for_each_segment(index, begin, end,
+                     [&](int64_t, int64_t, int64_t entry, int64_t place, int64_t count) {
+                       const bool room = entry + count + 8 <= last && place + count + 8 <= last;
+                       copy_run(values + place, blocked + entry, count, room);
+                     });
+  });
+}
+
+template <class T>
+void unblock_values(const BlockedRows& index, const T* blocked, T* values) {
   for_tiles(index, [&](int64_t begin, int64_t end) {
     for_each_segment(index, begin, end,
                      [&](int64_t, int64_t, int64_t entry, int64_t place, int64_t count) {
-                       for (int64_t j = 0; j < count; ++j) move(entry + j, place + j);
+                       copy_run(blocked + entry, values + place, count, false);
                      });
   });
 }
@@ -65,7 +149,7 @@ Tensor blocked_values(const BlockedRows& index, const Tensor& weight, int64_t ro
     move_dense(index, row_stride, column_stride,
                [=](int64_t entry, int64_t offset) { target[entry] = source[offset]; });
   } else {
-    move_values<T>(index, [=](int64_t entry, int64_t place) { target[entry] = source[place]; });
+    block_values(index, source, target);
   }
   return in_dtype(values, kWorkingType<T>);
 }
@@ -123,13 +207,11 @@ void run_weight_gradient(const BlockedWeightGradient<T>& call) {
   });
 }
 
-}  // namespace
-
 void blocked_forward(const LinearForward& call) {
   const BlockedRows index =
-      blocked_index(kMaskedLinear, call.columns, call.row_pointers.numel() - 1, call.input.size(1));
+      blocked_index(kOp, call.columns, call.row_pointers.numel() - 1, call.input.size(1));
   check_weight(call.weight, index.rows, index.width, index.kept);
-  dispatch_floating(kMaskedLinear, call.input.scalar_type(), [&](auto tag) {
+  dispatch_floating(kOp, call.input.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const bool dense = call.weight.dim() == 2;
     const Tensor values = blocked_values<T>(index, call.weight, call.weight.stride(0),
@@ -143,12 +225,12 @@ void blocked_forward(const LinearForward& call) {
 }
 
 void blocked_input_gradient(const LinearInputGradient& call) {
-  const BlockedRows index = blocked_index(kMaskedLinear, call.column_rows,
-                                          call.column_pointers.numel() - 1, call.gradient.size(1));
+  const BlockedRows index =
+      blocked_index(kOp, call.column_rows, call.column_pointers.numel() - 1, call.gradient.size(1));
   check_weight(call.weight, index.width, index.rows, index.kept);
   const int32_t* order =
-      bounded_index(kMaskedLinear, call.permutation, index.kept, index.kept, "permutation");
-  dispatch_floating(kMaskedLinear, call.gradient.scalar_type(), [&](auto tag) {
+      bounded_index(kOp, call.permutation, index.kept, index.kept, "permutation");
+  dispatch_floating(kOp, call.gradient.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Tensor values =
         call.weight.dim() == 1
@@ -162,11 +244,11 @@ void blocked_input_gradient(const LinearInputGradient& call) {
 
 std::tuple<Tensor, Tensor> blocked_weight_gradient(const LinearWeightGradient& call) {
   const BlockedRows index =
-      blocked_index(kMaskedLinear, call.columns, call.row_pointers.numel() - 1, call.input.size(1));
+      blocked_index(kOp, call.columns, call.row_pointers.numel() - 1, call.input.size(1));
   check_weight(call.weight, index.rows, index.width, index.kept);
   const ScalarType dtype = call.input.scalar_type();
   std::tuple<Tensor, Tensor> result{call.weight, call.weight};
-  dispatch_floating(kMaskedLinear, dtype, [&](auto tag) {
+  dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     Tensor values =
         torch::stable::new_zeros(call.input, {call.needs_weight ? index.kept : 0}, kWorkingType<T>);
@@ -188,12 +270,60 @@ std::tuple<Tensor, Tensor> blocked_weight_gradient(const LinearWeightGradient& c
       } else {
         weight = torch::stable::empty_like(values);
         T* target = mutable_data<T>(weight);
-        move_values<T>(index, [=](int64_t entry, int64_t place) { target[place] = source[entry]; });
+        unblock_values(index, source, target);
       }
     }
     result = {weight, in_dtype(bias, dtype)};
   });
   return result;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> blocked_linear(const Tensor& input, const Tensor& weight,
+                                          const std::optional<Tensor>& bias,
+                                          const Tensor& row_pointers, const Tensor& index,
+                                          int64_t activation, bool save_preactivation) {
+  const int64_t rows = row_pointers.numel() - 1,
+                saved_rows = save_preactivation ? input.size(0) : 0;
+  STD_TORCH_CHECK(rows >= 1, kOp, ": expected row_pointers of at least one row, got none");
+  check_matrix(input, input.size(0), input.size(1), input.scalar_type(), "input");
+  check_operands(input, weight, bias, rows);
+  const LinearForward call{input,
+                           weight,
+                           bias,
+                           row_pointers,
+                           index,
+                           activation_of(activation),
+                           torch::stable::new_empty(input, {input.size(0), rows}),
+                           torch::stable::new_empty(input, {saved_rows, rows})};
+  blocked_forward(call);
+  return {call.output, call.preactivation};
+}
+
+std::tuple<Tensor, Tensor, Tensor> blocked_linear_backward(BlockedBackward call) {
+  const Tensor& input = call.weight.input;
+  const int64_t rows = call.weight.row_pointers.numel() - 1, count = input.size(0);
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(rows >= 1 && call.input.column_pointers.numel() == input.size(1) + 1, kOp,
+                  ": expected pointers of at least one row and of ", input.size(1),
+                  " columns, got ", rows, " and ", call.input.column_pointers.numel() - 1);
+  check_matrix(input, count, input.size(1), dtype, "input");
+  check_operands(input, call.weight.weight, std::nullopt, rows);
+  check_matrix(call.input.gradient, count, rows, dtype, "grad_output");
+  if (call.input.activation != Activation::none) {
+    check_matrix(call.input.saved, count, rows, dtype, "saved");
+    STD_TORCH_CHECK(call.input.saved.is_contiguous(), kOp, ": expected saved to be contiguous");
+  }
+  const Tensor none = torch::stable::new_empty(input, {0});
+  std::tuple<Tensor, Tensor> found{none, none};
+  if (call.needs_input) {
+    call.input.result = torch::stable::new_empty(input, {count, input.size(1)});
+    blocked_input_gradient(call.input);
+  }
+  if (call.weight.needs_weight || call.weight.needs_bias)
+    found = blocked_weight_gradient(call.weight);
+  return {call.needs_input ? call.input.result : none, std::get<0>(found), std::get<1>(found)};
 }
 
 }  // namespace tscnc

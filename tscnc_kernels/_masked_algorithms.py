@@ -24,6 +24,7 @@ class Cost(NamedTuple):
         entry: per entry, whatever the batch.
         call: per call.
         batches: the smallest and the largest batch that it runs on.
+        grid: per entry of the dense weight, and sample.
     """
 
     product: float
@@ -31,6 +32,7 @@ class Cost(NamedTuple):
     entry: float
     call: float
     batches: tuple[int, int] = (0, 1 << 62)
+    grid: float = 0.0
 
 
 class Family(NamedTuple):
@@ -52,7 +54,7 @@ FAMILIES = {
         {"panel": 0, "blocked": 1, "small_batch": 2, "spmv": 3, "block": 4},
         {
             "panel": Cost(0.058, 0.6, 0.6, 6e3),
-            "blocked": Cost(0.034, 0.6, 1.2, 6e3, (17, 1 << 62)),
+            "blocked": Cost(0.036, 0.6, 1.5, 8e3, (17, 1 << 62), 0.0008),
             "small_batch": Cost(0.02, 0.6, 0.7, 6e3, (2, 16)),
             "spmv": Cost(0.0, 0.6, 0.75, 6e3, (1, 1)),
             "block": Cost(0.04, 0.6, 0.8, 6e3, (17, 1 << 62)),
@@ -142,6 +144,7 @@ def predict(
             continue
         entries = size if name == DENSE else nnz
         work = (cost.product * call.batch + cost.entry) * entries + cost.sample * elements
+        work += cost.grid * call.batch * size
         if name == DENSE:
             work += _around_dense(call, direction, nnz, size)
         elif not call.values:
@@ -184,7 +187,11 @@ def choose(
     check_forced(op, pattern, backend, forced)
     if forced is not None or backend != "native":
         return Algorithms(*[forced or DENSE] * 3)
-    return Algorithms(*(_below(pattern.density, ranges) for ranges in _ranges(op)))
+    names = [_below(pattern.density, ranges) for ranges in _ranges(op)]
+    if not pattern.is_blocked:
+        # A graph would build that index on every call.
+        names = ["panel" if name == "blocked" else name for name in names]
+    return Algorithms(*names)
 
 
 @torch.compiler.assume_constant_result
@@ -294,20 +301,3 @@ def _new_plan(
     case = op, pattern.shape, pattern.nnz, call._replace(batch=_usual_batch(call.batch))
     blocks = pattern.block_shape if len(pattern.shape) == 2 else None
     return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)
-
-
-def row_index(pattern: SparsityPattern, algorithm: str) -> tuple[Tensor, Tensor]:
-    """What the native forward and weight gradient read: row pointers, and the kept entries in the
-    algorithm's form.
-    """
-    blocked = algorithm == "blocked"
-    return pattern.row_pointers, pattern.blocked_rows if blocked else pattern.columns
-
-
-def column_index(pattern: SparsityPattern, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What the native input gradient reads: column pointers, and the algorithm's other index."""
-    if algorithm == "blocked":
-        return pattern.column_pointers, *pattern.blocked_columns
-    if algorithm in ("small_batch", "spmv"):
-        return pattern.column_pointers, pattern.columns, pattern.row_pointers
-    return pattern.column_pointers, pattern.column_rows, pattern.permutation

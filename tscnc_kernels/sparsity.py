@@ -153,17 +153,6 @@ class SparsityPattern:
         """(N,) int32, kept entries per row."""
         return self.row_pointers.diff()
 
-    @functools.cached_property
-    def block_shape(self) -> tuple[int, int] | None:
-        """(r, c) of the blocks that the mask is made of, or None where r would be under 4.
-
-        Both are powers of two up to 64 that divide the mask's sides. Looked at when it is first
-        asked for; in a mask without blocks the first rows tell.
-        """
-        index = self.row_pointers.cpu(), self.columns.cpu()
-        rows, columns = _native.sparsity_block_shape(*index, self.matrix_shape[1]).tolist()
-        return (rows, columns) if rows >= 4 else None
-
     @property
     def blocked_rows(self) -> Tensor:
         """uint8 buffer with the kept entries in the order of the cache-blocked products (layout:
@@ -178,6 +167,11 @@ class SparsityPattern:
         """
         return self._blocked("columns")
 
+    @property
+    def is_blocked(self) -> bool:
+        """Whether blocked_rows and blocked_columns are built."""
+        return len(self._built) == 2
+
     def _blocked(self, order: str) -> tuple[Tensor, Tensor]:
         found = self._built.get(order)
         if found is None:
@@ -190,6 +184,17 @@ class SparsityPattern:
             if not torch.compiler.is_compiling():
                 self._built[order] = found
         return found
+
+    @functools.cached_property
+    def block_shape(self) -> tuple[int, int] | None:
+        """(r, c) of the blocks that the mask is made of, or None where r would be under 4.
+
+        Both are powers of two up to 64 that divide the mask's sides. Looked at when it is first
+        asked for; in a mask without blocks the first rows tell.
+        """
+        index = self.row_pointers.cpu(), self.columns.cpu()
+        rows, columns = _native.sparsity_block_shape(*index, self.matrix_shape[1]).tolist()
+        return (rows, columns) if rows >= 4 else None
 
     def gather(self, weight: Tensor) -> Tensor:
         """The kept entries weight[mask], differentiable.
@@ -339,15 +344,18 @@ def _(mask: Tensor) -> tuple[Tensor, ...]:
     return bits, *(mask.new_empty((size,), dtype=torch.int32) for size in sizes)
 
 
+@torch.library.register_fake("tscnc_kernels::sparsity_block")
+def _(pointers: Tensor, columns: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    rows, kept = pointers.shape[0] - 1, columns.shape[0]
+    step = 96 if 10 * kept > 3 * rows * width else 128
+    blocks, tiles = -(-width // step), -(-rows // 256)
+    size = 40 + 4 * (tiles * blocks + 1) + rows * blocks + kept
+    return pointers.new_empty((size,), dtype=torch.uint8), order.new_empty(order.shape)
+
+
 @torch.library.register_fake("tscnc_kernels::sparsity_block_shape")
 def _(row_pointers: Tensor, columns: Tensor, width: int) -> Tensor:
     return columns.new_empty((2,), dtype=torch.int64)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_block")
-def _(pointers: Tensor, columns: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
-    return pointers.new_empty((size,), dtype=torch.uint8), order.new_empty(order.shape)
 
 
 @torch.library.register_fake("tscnc_kernels::sparsity_unpack")

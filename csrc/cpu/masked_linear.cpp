@@ -9,8 +9,8 @@ namespace {
 // Vectors in a full panel: with two sums each they fill half of the registers, and a panel of 2048
 // features (256 KiB with AVX2) stays in a second-level cache.
 constexpr int kPanelVecs = 4;
-// Results transposed together: whole cache lines of a row-major output.
-constexpr int64_t kTileRows = 16;
+// Results transposed together: several cache lines of a row-major output.
+constexpr int64_t kTileRows = 64;
 
 // The narrowest panel for `count` samples.
 template <class T, class Function>

@@ -129,38 +129,48 @@ inline Vec<Compute<T>> load_features(const Samples<T>& source, int64_t sample, i
       value, count == kLanes<T> ? load(saved) : load_partial(saved, count), source.activation);
 }
 
+// Up to kLanes features of up to kLanes samples into a panel kWidth wide.
+template <class T, int kWidth>
+inline void pack_square(const Samples<T>& source, int64_t sample, int64_t present, int64_t feature,
+                        int64_t left, Compute<T>* target) {
+  using C = Compute<T>;
+  constexpr int kW = kLanes<T>;
+  if (source.sample_stride == 1 && source.feature_stride != 1 && source.saved == nullptr) {
+    for (int i = 0; i < left; ++i) {
+      const T* data = source.data + (feature + i) * source.feature_stride + sample;
+      store(target + i * kWidth, present == kW ? load(data) : load_partial(data, present));
+    }
+    return;
+  }
+  Vec<C> rows[kW];
+  if (present == kW && left == kW) {
+    for (int i = 0; i < kW; ++i) rows[i] = load_features(source, sample + i, feature, kW);
+  } else {
+    for (int i = 0; i < kW; ++i) {
+      rows[i] = i < present ? load_features(source, sample + i, feature, left) : Vec<C>{};
+    }
+  }
+  transpose<C>(rows);
+  for (int i = 0; i < left; ++i) store(target + i * kWidth, rows[i]);
+}
+
 // Features [begin, end) of `count` samples from `sample` on; lanes without a sample are zero.
 template <class T, int kVecs>
 void pack(const Samples<T>& source, int64_t sample, int64_t count, int64_t begin, int64_t end,
           Compute<T>* panel) {
-  using C = Compute<T>;
   constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
-  const bool feature_major =
-      source.sample_stride == 1 && source.feature_stride != 1 && source.saved == nullptr;
-  for (int lane = 0; lane < kWidth; lane += kW) {
-    const int64_t present = count - lane < kW ? (count > lane ? count - lane : 0) : kW;
-    for (int64_t feature = begin; feature < end; feature += kW) {
-      const int64_t left = end - feature < kW ? end - feature : kW;
-      C* target = panel + (feature - begin) * kWidth + lane;
-      if (feature_major) {
-        for (int i = 0; i < left; ++i) {
-          const T* data = source.data + (feature + i) * source.feature_stride + sample + lane;
-          store(target + i * kWidth, present == kW ? load(data) : load_partial(data, present));
-        }
-        continue;
+  // All lanes of some whole cache lines of the input, so that neither they nor the panel's lines
+  // have left the cache when their other parts are wanted.
+  constexpr int kRun = 4 * kW;
+  for (int64_t run = begin; run < end; run += kRun) {
+    const int64_t stop = end - run < kRun ? end : run + kRun;
+    for (int lane = 0; lane < kWidth; lane += kW) {
+      const int64_t present = count - lane < kW ? (count > lane ? count - lane : 0) : kW;
+      for (int64_t feature = run; feature < stop; feature += kW) {
+        pack_square<T, kWidth>(source, sample + lane, present, feature,
+                               stop - feature < kW ? stop - feature : kW,
+                               panel + (feature - begin) * kWidth + lane);
       }
-      Vec<C> rows[kW];
-      if (present == kW && left == kW) {
-        for (int i = 0; i < kW; ++i)
-          rows[i] = load_features(source, sample + lane + i, feature, kW);
-      } else {
-        for (int i = 0; i < kW; ++i) {
-          rows[i] =
-              i < present ? load_features(source, sample + lane + i, feature, left) : Vec<C>{};
-        }
-      }
-      transpose<C>(rows);
-      for (int i = 0; i < left; ++i) store(target + i * kWidth, rows[i]);
     }
   }
 }

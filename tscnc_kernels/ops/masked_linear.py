@@ -35,15 +35,8 @@ from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
-from tscnc_kernels._masked_algorithms import (
-    ALGORITHMS,
-    SPARSE,
-    Call,
-    Choice,
-    choose,
-    column_index,
-    row_index,
-)
+from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
+from tscnc_kernels._masked_native import native_gradients, native_product
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
 from tscnc_kernels._masked_weight import kept_values, masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
@@ -182,11 +175,8 @@ def _forward(
 
     def product(algorithm: str) -> tuple[Tensor, Tensor]:
         if algorithm != DENSE:
-            index = row_index(pattern, algorithm)
-            codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
-            return _native.masked_linear(  # type: ignore[no-any-return]
-                input, weight, bias, *index, *codes, save
-            )
+            activation = ACTIVATIONS[options.activation]
+            return native_product(algorithm, input, weight, bias, pattern, activation, save)
         z = F.linear(input, masked_weight(weight, pattern, held=options.assume_masked), bias)
         return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
 
@@ -206,11 +196,8 @@ def _backward(
     tensors, activation = (grad_output, saved, input, weight), options.activation
 
     def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
-        codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
-        index = *row_index(pattern, for_weight), *column_index(pattern, for_input)
-        return _native.masked_linear_backward(  # type: ignore[no-any-return]
-            *tensors, *index, *codes, *wanted
-        )
+        code = ACTIVATIONS[activation]
+        return native_gradients(for_input, for_weight, *tensors, pattern, code, wanted)
 
     def dense(wanted: Sequence[bool]) -> Gradients:
         return reference_backward(
@@ -288,8 +275,8 @@ def masked_linear(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "panel", "small_batch", "spmv", "block" (native, on the kept entries) or
-            "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
+        algorithm: "panel", "blocked", "small_batch", "spmv", "block" (native, on the kept
+            entries) or "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
 
     Returns:
         (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is

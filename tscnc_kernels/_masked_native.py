@@ -1,0 +1,65 @@
+"""Calls of masked_linear's raw ops with the form of the index that each algorithm reads."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tscnc_kernels._masked_algorithms import SPARSE
+from tscnc_kernels.sparsity import SparsityPattern
+
+_native = torch.ops.tscnc_kernels
+
+
+def native_product(
+    algorithm: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: SparsityPattern,
+    activation: int,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
+    kept = pattern.blocked_rows if algorithm == "blocked" else pattern.columns
+    index = pattern.row_pointers, kept
+    codes = activation, SPARSE[algorithm]
+    return _native.masked_linear(input, weight, bias, *index, *codes, save)  # type: ignore[no-any-return]
+
+
+def native_gradients(
+    for_input: str,
+    for_weight: str,
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    activation: int,
+    needs: Sequence[bool],
+) -> Sequence[Tensor]:
+    """The gradients of input, weight and bias by sparse algorithms; those not needed are empty.
+
+    A call reads one form of the index, so that a blocked direction and another are two calls.
+    """
+    tensors = grad_output, saved, input, weight
+    blocked_input = needs[0] and for_input == "blocked"
+    blocked_weight = (needs[1] or needs[2]) and for_weight == "blocked"
+    if needs[0] and (needs[1] or needs[2]) and blocked_input != blocked_weight:
+        rest = pattern, activation
+        (first, _, _) = native_gradients(
+            for_input, for_weight, *tensors, *rest, (True, False, False)
+        )
+        (_, *others) = native_gradients(for_input, for_weight, *tensors, *rest, (False, *needs[1:]))
+        return first, *others
+    rows = pattern.blocked_rows if blocked_weight else pattern.columns
+    columns = pattern.column_rows, pattern.permutation
+    index = pattern.row_pointers, rows, pattern.column_pointers
+    codes = activation, SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
+    return _native.masked_linear_backward(  # type: ignore[no-any-return]
+        *tensors,
+        *index,
+        *(pattern.blocked_columns if blocked_input else columns),
+        *codes,
+        *needs,
+    )
