@@ -12,10 +12,10 @@ endif
 export PYTHONPATH := $(CURDIR):$(CURDIR)/python
 PACKAGES := torch numpy setuptools wheel pybind11 ninja pytest pytest-xdist scipy pyyaml safetensors \
             tqdm matplotlib ruff mypy clang-format
-NATIVE = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' \
+NATIVE = $(shell git ls-files 'benchmarks/*.cpp' 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' \
            'tests/*.cpp' 'tests/*.cu')
 
-.PHONY: install build demo test lint sanitize bench gpu clean
+.PHONY: install build demo test lint sanitize bench bench-peers gpu clean
 
 install: build
 
@@ -47,6 +47,17 @@ sanitize: $(ENVIRONMENT)
 
 bench: build
 	$(PY) -m benchmarks --quick
+
+# Into the environment of $(PY), without their dependencies. SparseProp's setup.py asks the python3
+# of the PATH for pybind11 and compiles for this machine's instruction set (-march=native).
+bench-peers: $(ENVIRONMENT)
+	@$(PY) -c 'import pybind11, scipy, setuptools' || { echo "bench-peers: SparseProp is built with pybind11, scipy and setuptools, and $(PY) lacks one of them: run make install, or install them with -c .ci/constraints.txt" >&2; exit 1; }
+	@for peer in sparseprop torchsparsegradutils; do \
+	  if $(PY) -c "import $$peer" 2>/dev/null; then echo "bench-peers: $$peer is installed"; continue; fi; \
+	  PATH="$$($(PY) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH" $(PY) -m pip install -q --disable-pip-version-check --no-deps \
+	    --no-build-isolation -c .ci/constraints.txt $$peer && $(PY) -c "import $$peer" \
+	    || { echo "bench-peers: $$peer was not installed (it needs the package index and a C++ compiler); the benchmarks show it as missing and run without it" >&2; exit 1; }; \
+	done
 
 gpu: build
 	$(PY) -m benchmarks.gpu

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,11 +58,26 @@ def load_average() -> float:
 
 
 def pin(threads: int) -> None:
-    """Give torch `threads` threads and tie the process to as many CPUs where the system can."""
+    """Give torch `threads` threads and tie the process to as many CPUs where the system can.
+
+    A peer's OpenMP library reads its number of threads when it is loaded, which comes later.
+    """
     torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, set(allowed[-threads:]))
+
+
+def decide_anew() -> None:
+    """Keep this run's choices of algorithms apart from those of the user's cache.
+
+    What a disturbed machine once measured must not decide what is measured now.
+    """
+    if "TSCNC_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="tscnc-benchmark-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TSCNC_CACHE_DIR"] = folder
 
 
 def clock(device: torch.device, threads: int) -> Callable[[], float]:

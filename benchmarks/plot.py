@@ -3,7 +3,7 @@
 `results/<device>/<op>.csv` becomes figures beside it. A shape that was measured at several
 sparsities has a figure of its own, `<op>-<shape>.svg`: time against density, one panel per mode.
 The other rows share `<op>.svg`: bars per shape and backend. A shorter time is better, and the axis
-says so.
+says so. The sparse layers and the training step have figures of their own: `plot_sparse.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import results
+from benchmarks import plot_sparse, results
 from benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def plot_file(path: Path) -> list[Path]:
     rows = results.load(path)
     if not rows:
         raise ValueError(f"{path}: no rows to plot")
+    if rows[0].op in plot_sparse.DENSE:
+        return plot_sparse.figures(path, rows)
     swept = {
         shape
         for shape, group in _grouped(rows, lambda row: row.shape).items()

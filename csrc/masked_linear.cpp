@@ -1,19 +1,13 @@
 // masked_linear on the CPU; Python side and formula: tscnc_kernels/ops/masked_linear.py.
-#include "cpu/masked_linear.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <tuple>
 
-#include "dtype_dispatch.h"
-#include "masked_linear_block_run.h"
-#include "masked_linear_small_run.h"
-#include "scratch.h"
-#include "sparse_index.h"
+#include "masked_linear_algorithms.h"
 
 namespace tscnc {
 namespace {
@@ -22,34 +16,31 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr char kOp[] = "masked_linear";
-// Multiply-adds that are worth a second thread.
-constexpr int64_t kParallelWork = 1 << 18;
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-// Without torch's dispatcher, which costs a microsecond, where there is nothing to convert.
-Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
-// `checked`: every column is looked at here, for kernels that do not check what they read.
-SparseRows sparse_rows(const Tensor& pointers, const Tensor& columns, int64_t width,
-                       const char* pointers_name, const char* columns_name, bool checked = true) {
-  const int64_t kept = columns.numel();
-  const int32_t* begin = pointer_data(kOp, pointers, kept, pointers_name);
-  STD_TORCH_CHECK(pointers.numel() >= 2, kOp, ": expected ", pointers_name, " of at least one row");
-  const int32_t* entries = checked ? bounded_index(kOp, columns, kept, width, columns_name)
-                                   : index_data(kOp, columns, kept, columns_name);
-  return {begin, entries, pointers.numel() - 1, width};
-}
 
 Activation activation_of(int64_t code) {
   STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Activation::gelu), kOp,
                   ": expected an activation code from 0 to 2, got ", code);
   return static_cast<Activation>(code);
+}
+
+// In the order of their codes in tscnc_kernels/_masked_algorithms.py.
+constexpr struct {
+  void (*forward)(const LinearForward&);
+  void (*input_gradient)(const LinearInputGradient&);
+  std::tuple<Tensor, Tensor> (*weight_gradient)(const LinearWeightGradient&);
+} kAlgorithms[] = {
+    {panel_forward, panel_input_gradient, panel_weight_gradient},
+    {blocked_forward, blocked_input_gradient, blocked_weight_gradient},
+    {small_batch_forward, small_batch_input_gradient, small_batch_weight_gradient},
+    {spmv_forward, small_batch_input_gradient, small_batch_weight_gradient},
+    {block_forward, block_input_gradient, panel_weight_gradient},
+};
+
+const auto& algorithm_of(int64_t code) {
+  constexpr int64_t kCount = std::size(kAlgorithms);
+  STD_TORCH_CHECK(code >= 0 && code < kCount, kOp, ": expected an algorithm code from 0 to ",
+                  kCount - 1, ", got ", code);
+  return kAlgorithms[code];
 }
 
 void check_matrix(const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype,
@@ -60,208 +51,38 @@ void check_matrix(const Tensor& tensor, int64_t rows, int64_t width, ScalarType 
                   " CPU matrix of the input's dtype");
 }
 
-template <class T>
-Samples<T> samples(const Tensor& tensor, const T* saved = nullptr,
-                   Activation activation = Activation::none) {
-  return {data<T>(tensor),  tensor.size(0), tensor.size(1), tensor.stride(0),
-          tensor.stride(1), saved,          activation};
-}
-
-template <class Function>
-void for_rows(const SparseRows& structure, const Function& function) {
-  const int64_t rows = structure.rows, cost = structure.pointers[rows] / rows + 1;
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, (1 << 15) / cost),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t row = begin; row < end; ++row) function(row);
-                              });
-}
-
-// Codes of tscnc_kernels/_masked_algorithms.py.
-enum class Algorithm : int64_t { panel = 0, small_batch = 2, spmv = 3, block = 4 };
-
-Algorithm algorithm_of(int64_t code) {
-  STD_TORCH_CHECK(code == 0 || (code >= 2 && code <= 4), kOp,
-                  ": expected the algorithm code 0, 2, 3 or 4, got ", code);
-  return static_cast<Algorithm>(code);
-}
-
-// Kernels for few samples keep their reads inside by themselves and need no transposed index.
-bool is_small(Algorithm algorithm) {
-  return algorithm == Algorithm::small_batch || algorithm == Algorithm::spmv;
-}
-
-// The kept entries of a dense weight, or the values themselves, in the type that they are
-// multiplied in.
-template <class T>
-Tensor kept_values(const Tensor& weight, const SparseRows& structure) {
-  constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
-  const int64_t kept = structure.pointers[structure.rows];
-  if (weight.dim() == 1) {
-    STD_TORCH_CHECK(weight.is_cpu() && weight.numel() == kept, kOp, ": expected ", kept,
-                    " values, got ", weight.numel());
-    return in_dtype(weight.is_contiguous() ? weight : torch::stable::contiguous(weight), working);
-  }
-  check_matrix(weight, structure.rows, structure.width, weight.scalar_type(), "weight");
-  Tensor values = torch::stable::new_empty(weight, {kept});
-  const T* source = data<T>(weight);
-  T* target = static_cast<T*>(values.mutable_data_ptr());
-  const int64_t row_stride = weight.stride(0), column_stride = weight.stride(1);
-  for_rows(structure, [&](int64_t row) {
-    const T* entries = source + row * row_stride;
-    for (int64_t j = structure.pointers[row]; j < structure.pointers[row + 1]; ++j) {
-      target[j] = entries[structure.columns[j] * column_stride];
-    }
-  });
-  return in_dtype(values, working);
-}
-
-// A dense matrix that is zero where no entry is kept.
-template <class T>
-Tensor scattered(const Tensor& values, const SparseRows& structure) {
-  Tensor matrix = torch::stable::new_zeros(values, {structure.rows, structure.width});
-  const T* source = data<T>(values);
-  T* target = static_cast<T*>(matrix.mutable_data_ptr());
-  for_rows(structure, [&](int64_t row) {
-    T* entries = target + row * structure.width;
-    for (int64_t j = structure.pointers[row]; j < structure.pointers[row + 1]; ++j) {
-      entries[structure.columns[j]] = source[j];
-    }
-  });
-  return matrix;
-}
-
-// One parallel region: panels of samples, and also ranges of rows where there are fewer panels than
-// threads.
-template <class T>
-void run_product(MaskedProduct<T> call) {
-  if (call.input.count == 0) return;
-  const int64_t lanes = TSCNC_SELECT(masked_linear_lanes<T>)();
-  const int64_t panels = (call.input.count + lanes - 1) / lanes;
-  const int64_t threads = torch::stable::get_num_threads();
-  call.row_splits = panels < threads ? (threads + panels - 1) / panels : 1;
-  const int64_t work =
-      (call.structure.pointers[call.structure.rows] + call.structure.width + call.structure.rows) *
-      lanes / call.row_splits;
-  const auto kernel = TSCNC_SELECT(masked_linear_product<T>);
-  const int64_t size = TSCNC_SELECT(masked_linear_scratch<T>)(call.structure.width);
-  torch::stable::parallel_for(0, panels * call.row_splits,
-                              std::max<int64_t>(1, kParallelWork / std::max<int64_t>(1, work)),
-                              [&](int64_t begin, int64_t end) {
-                                auto* scratch = thread_scratch().reserve<Working<T>>(size);
-                                kernel(call, begin, end, scratch);
-                              });
-}
-
-// Ranges of rows with about equal numbers of kept entries; each sums over the batch in order.
-template <class T>
-void run_weight_gradient(const MaskedWeightGradient<T>& call) {
-  const SparseRows& structure = call.structure;
-  const int64_t work = structure.pointers[structure.rows] * call.input.count;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>(work / kParallelWork, 1, threads);
-  const auto kernel = TSCNC_SELECT(masked_linear_weight_gradient<T>);
-  const int64_t size = TSCNC_SELECT(masked_linear_scratch<T>)(structure.width);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = row_split(structure, begin, parts);
-    const int64_t last = end == parts ? structure.rows : row_split(structure, end, parts);
-    if (first < last) kernel(call, first, last, thread_scratch().reserve<Working<T>>(size));
-  });
+// Rows of the pattern.
+int64_t check_operands(const Tensor& input, const Tensor& weight, const Tensor& row_pointers) {
+  STD_TORCH_CHECK(input.dim() == 2 && input.is_cpu(), kOp,
+                  ": expected input to be a CPU matrix, got ", input.dim(), " dimensions");
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == input.scalar_type(), kOp,
+                  ": weight and input differ in dtype or device");
+  STD_TORCH_CHECK(row_pointers.numel() >= 2, kOp,
+                  ": expected row_pointers of at least one row, got none");
+  return row_pointers.numel() - 1;
 }
 
 std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
                                              std::optional<Tensor> bias, Tensor row_pointers,
                                              Tensor columns, int64_t activation, int64_t algorithm,
                                              bool save_preactivation) {
-  const Algorithm chosen = algorithm_of(algorithm);
-  STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
-                  " dimensions");
-  const SparseRows structure = sparse_rows(row_pointers, columns, input.size(1), "row_pointers",
-                                           "columns", !is_small(chosen) || weight.dim() == 2);
-  const Activation act = activation_of(activation);
-  const ScalarType dtype = input.scalar_type();
-  check_matrix(input, input.size(0), structure.width, dtype, "input");
-  STD_TORCH_CHECK(weight.scalar_type() == dtype, kOp, ": weight and input differ in dtype");
+  const int64_t rows = check_operands(input, weight, row_pointers);
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->is_contiguous() &&
-                        bias->numel() == structure.rows && bias->scalar_type() == dtype,
-                    kOp, ": expected bias to be ", structure.rows, " contiguous entries");
+                        bias->numel() == rows && bias->scalar_type() == input.scalar_type(),
+                    kOp, ": expected bias to be ", rows, " contiguous entries");
   }
-  Tensor output = torch::stable::new_empty(input, {input.size(0), structure.rows});
   const int64_t saved_rows = save_preactivation ? input.size(0) : 0;
-  Tensor preactivation = torch::stable::new_empty(input, {saved_rows, structure.rows});
-  dispatch_floating(kOp, dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const Tensor values = kept_values<T>(weight, structure);
-    const MaskedProduct<T> call = {
-        structure,
-        data<Working<T>>(values),
-        samples<T>(input),
-        bias.has_value() ? data<T>(*bias) : nullptr,
-        act,
-        static_cast<T*>(output.mutable_data_ptr()),
-        save_preactivation ? static_cast<T*>(preactivation.mutable_data_ptr()) : nullptr,
-        1};
-    if (is_small(chosen)) return run_small_product<T>(call, chosen == Algorithm::spmv);
-    chosen == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
-  });
-  return {output, preactivation};
-}
-
-// The permutation is null where the algorithm needs no transposed index.
-struct Structure {
-  SparseRows rows, transposed;
-  const int32_t* permutation;
-};
-
-template <class T>
-Tensor input_gradient(const Structure& structure, const Tensor& weight, const Samples<T>& gradient,
-                      Algorithm algorithm, const Tensor& like) {
-  const Tensor values = kept_values<T>(weight, structure.rows);
-  if (structure.permutation == nullptr) {
-    Tensor result = torch::stable::new_empty(like, {gradient.count, structure.rows.width});
-    run_small_input_gradient<T>({structure.rows, data<Working<T>>(values), gradient,
-                                 static_cast<T*>(result.mutable_data_ptr())},
-                                structure.transposed);
-    return result;
-  }
-  Tensor ordered = torch::stable::empty_like(values);
-  const auto* source = data<Working<T>>(values);
-  auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
-  const SparseRows& transposed = structure.transposed;
-  for_rows(transposed, [&](int64_t row) {
-    for (int64_t j = transposed.pointers[row]; j < transposed.pointers[row + 1]; ++j) {
-      target[j] = source[structure.permutation[j]];
-    }
-  });
-  Tensor result = torch::stable::new_empty(like, {gradient.count, transposed.rows});
-  const MaskedProduct<T> call = {transposed,       target,
-                                 gradient,         nullptr,
-                                 Activation::none, static_cast<T*>(result.mutable_data_ptr()),
-                                 nullptr,          1};
-  algorithm == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
-  return result;
-}
-
-template <class T>
-std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Tensor& weight,
-                                           const Samples<T>& gradient, const Tensor& input,
-                                           Algorithm algorithm, bool needs_weight,
-                                           bool needs_bias) {
-  constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
-  const int64_t kept = needs_weight ? structure.pointers[structure.rows] : 0;
-  const bool small = is_small(algorithm) && gradient.count > 0;
-  Tensor values = small ? torch::stable::new_empty(input, {kept}, working)
-                        : torch::stable::new_zeros(input, {kept}, working);
-  Tensor bias = torch::stable::new_zeros(input, {needs_bias ? structure.rows : 0}, working);
-  const MaskedWeightGradient<T> call = {
-      structure, samples<T>(input), gradient,
-      needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
-      needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr};
-  small ? run_small_weight_gradient<T>(call) : run_weight_gradient<T>(call);
-  values = in_dtype(values, input.scalar_type());
-  bias = in_dtype(bias, input.scalar_type());
-  const bool dense = needs_weight && weight.dim() == 2;
-  return {dense ? scattered<T>(values, structure) : values, bias};
+  const LinearForward call{input,
+                           weight,
+                           bias,
+                           row_pointers,
+                           columns,
+                           activation_of(activation),
+                           torch::stable::new_empty(input, {input.size(0), rows}),
+                           torch::stable::new_empty(input, {saved_rows, rows})};
+  algorithm_of(algorithm).forward(call);
+  return {call.output, call.preactivation};
 }
 
 // `saved` is the output for relu and the preactivation for gelu. A gradient that is not needed
@@ -271,44 +92,30 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
     Tensor columns, Tensor column_pointers, Tensor column_rows, Tensor permutation,
     int64_t activation, int64_t input_algorithm, int64_t weight_algorithm, bool needs_input,
     bool needs_weight, bool needs_bias) {
-  const Algorithm input_chosen = algorithm_of(input_algorithm);
-  const Algorithm weight_chosen = algorithm_of(weight_algorithm);
-  STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
-                  " dimensions");
-  const bool permuted = needs_input && !is_small(input_chosen);
-  const bool checked = weight.dim() == 2 || permuted || !is_small(weight_chosen);
-  const SparseRows rows =
-      sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns", checked);
-  const SparseRows transposed = sparse_rows(column_pointers, column_rows, rows.rows,
-                                            "column_pointers", "column_rows", permuted);
-  const int64_t count = input.size(0), kept = columns.numel();
-  const int32_t* order =
-      permuted ? bounded_index(kOp, permutation, kept, kept, "permutation") : nullptr;
-  const Activation act = activation_of(activation);
-  STD_TORCH_CHECK(column_rows.numel() == kept && transposed.rows == rows.width, kOp,
-                  ": the two orders of the pattern do not agree");
+  const int64_t rows = check_operands(input, weight, row_pointers), count = input.size(0);
   const ScalarType dtype = input.scalar_type();
-  check_matrix(input, count, rows.width, dtype, "input");
-  check_matrix(grad_output, count, rows.rows, dtype, "grad_output");
-  STD_TORCH_CHECK(weight.scalar_type() == dtype, kOp, ": weight and input differ in dtype");
-  const bool scaled = act != Activation::none;
-  if (scaled) {
-    check_matrix(saved, count, rows.rows, dtype, "saved");
+  const Activation act = activation_of(activation);
+  check_matrix(grad_output, count, rows, dtype, "grad_output");
+  STD_TORCH_CHECK(column_pointers.numel() == input.size(1) + 1, kOp,
+                  ": expected column_pointers of ", input.size(1) + 1, " entries, got ",
+                  column_pointers.numel());
+  if (act != Activation::none) {
+    check_matrix(saved, count, rows, dtype, "saved");
     STD_TORCH_CHECK(saved.is_contiguous(), kOp, ": expected saved to be contiguous");
   }
   Tensor grad_input = torch::stable::new_empty(input, {0});
   Tensor grad_weight = grad_input, grad_bias = grad_input;
-  dispatch_floating(kOp, dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const Samples<T> gradient = samples<T>(grad_output, scaled ? data<T>(saved) : nullptr, act);
-    if (needs_input) {
-      grad_input =
-          input_gradient<T>({rows, transposed, order}, weight, gradient, input_chosen, input);
-    }
-    if (!needs_weight && !needs_bias) return;
-    std::tie(grad_weight, grad_bias) =
-        weight_gradient<T>(rows, weight, gradient, input, weight_chosen, needs_weight, needs_bias);
-  });
+  if (needs_input) {
+    grad_input = torch::stable::new_empty(input, {count, input.size(1)});
+    const LinearInputGradient call{grad_output, saved,       weight, column_pointers,
+                                   column_rows, permutation, act,    grad_input};
+    algorithm_of(input_algorithm).input_gradient(call);
+  }
+  if (needs_weight || needs_bias) {
+    const LinearWeightGradient call{grad_output, saved, input,        weight,    row_pointers,
+                                    columns,     act,   needs_weight, needs_bias};
+    std::tie(grad_weight, grad_bias) = algorithm_of(weight_algorithm).weight_gradient(call);
+  }
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import harness, plot, results
 from benchmarks.gate import disagreement
-from benchmarks.harness import Case, Provider, UnavailableError
+from benchmarks.harness import Case, Provider, Timed, UnavailableError
 from benchmarks.results import Row
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_wrong_and_missing_providers_are_not_timed(capsys, monkeypatch):
         Provider("wrong", lambda case, x: lambda: 2.01 * x),
         Provider("absent", unavailable),
     ]
-    rows = harness.run_case(case(), providers, CPU, threads=1, quick=True)
+    rows = harness.run_case(case(), providers, CPU, 1, harness.QUICK_ROUNDS)
     assert [row.backend for row in rows] == ["right"]
     assert rows[0].p20 <= rows[0].p50 <= rows[0].p80
     printed = capsys.readouterr().out
@@ -87,8 +87,60 @@ def test_rows_of_a_disturbed_machine_are_dropped(capsys, monkeypatch):
     readings = iter(range(1, 100))
     monkeypatch.setattr(harness.machine, "control", lambda *_: lambda: float(next(readings) ** 2))
     providers = [Provider("right", lambda case, x: lambda: 2 * x)]
-    assert harness.run_case(case(), providers, CPU, threads=1, quick=True) == []
+    assert harness.run_case(case(), providers, CPU, 1, harness.QUICK_ROUNDS) == []
     assert "dropped: the machine was disturbed" in capsys.readouterr().out
+    shown = harness.run_case(case(), providers, CPU, 1, harness.QUICK_ROUNDS, keep_disturbed=True)
+    assert [row.backend for row in shown] == ["right"]
+    assert "these figures are not reliable" in capsys.readouterr().out
+
+
+def test_a_price_shown_beside_is_not_gated_and_a_result_may_be_converted(monkeypatch):
+    monkeypatch.setattr(harness.machine, "control", lambda *_: lambda: 1.0)
+    providers = [
+        Provider("packed", lambda case, x: Timed(lambda: (2 * x).t(), lambda found: found.t())),
+        Provider("a fill", lambda case, x: lambda: torch.zeros(3), gated=False),
+    ]
+    rows = harness.run_case(case(), providers, CPU, 1, harness.QUICK_ROUNDS)
+    assert [row.backend for row in rows] == ["packed", "a fill"]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(harness.machine, "control", lambda *_: lambda: 1.0)
+    monkeypatch.setattr(harness.machine, "pin", lambda threads: None)
+    monkeypatch.setattr(harness.machine, "decide_anew", lambda: None)
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    first, second = case(), replace(case(), shape="again")
+    providers = [Provider("right", lambda case, x: lambda: 2 * x)]
+
+    def measured(cases: list[Case]) -> list[str]:
+        rows = harness.main(cases, providers, argv=["--essential", "--save"])
+        return [row.shape for row in rows]
+
+    assert measured([first]) == ["8x8"]
+    assert measured([first, second]) == ["again"]
+    assert "[1 of 1, about 0.0 min left]" in capsys.readouterr().out
+    assert measured([first, second]) == []
+    assert "all saved before" in capsys.readouterr().out
+
+
+def test_only_the_selected_cases_are_measured(monkeypatch):
+    monkeypatch.setattr(harness.machine, "control", lambda *_: lambda: 1.0)
+    monkeypatch.setattr(harness.machine, "pin", lambda threads: None)
+    monkeypatch.setattr(harness.machine, "decide_anew", lambda: None)
+    cases = [replace(case(), sparsity=s) for s in (0.5, 0.9)]
+    providers = [Provider(name, lambda case, x: lambda: 2 * x) for name in ("needed", "extra")]
+
+    def needed(case: Case, provider: Provider) -> bool:
+        return provider.name == "needed"
+
+    rows = harness.main(cases, providers, cases, ["--quick", "--sparsity", "0.9"], needed)
+    assert [(row.backend, row.sparsity) for row in rows] == [("needed", 0.9)]
+
+
+def test_rounds_fit_the_time_given():
+    rounds = harness.Rounds(least=5, most=20, seconds=2.0)
+    assert [rounds.fitting(one) for one in (1e-3, 0.2, 1.0)] == [20, 10, 5]
+    assert rounds.fitting(10.0) == harness.SLOW_ROUNDS
 
 
 def test_unknown_backend_is_named():

@@ -49,11 +49,12 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "masked_linear": Family(
-        {"panel": 0, "small_batch": 2, "spmv": 3, "block": 4},
+        {"panel": 0, "blocked": 1, "small_batch": 2, "spmv": 3, "block": 4},
         {
             "panel": Cost(0.058, 0.6, 0.6, 6e3),
-            "small_batch": Cost(0.02, 0.6, 0.8, 6e3, (2, 16)),
-            "spmv": Cost(0.0, 0.6, 0.5, 6e3, (1, 1)),
+            "blocked": Cost(0.034, 0.6, 1.2, 6e3, (17, 1 << 62)),
+            "small_batch": Cost(0.02, 0.6, 0.7, 6e3, (2, 16)),
+            "spmv": Cost(0.0, 0.6, 0.75, 6e3, (1, 1)),
             "block": Cost(0.04, 0.6, 0.8, 6e3, (17, 1 << 62)),
             DENSE: Cost(0.027, 0.02, 0.2, 6e3),
         },
@@ -224,6 +225,11 @@ def batch_bucket(batch: int) -> int:
     return batch if batch <= 16 else 12 + batch.bit_length()
 
 
+def _usual_batch(batch: int) -> int:
+    """One batch of the bucket of a batch."""
+    return batch if batch <= 16 else 3 << batch.bit_length() - 2
+
+
 def density_bucket(density: float) -> int:
     """The same number for densities that share a decision.
 
@@ -285,7 +291,25 @@ def _new_plan(
         *("x".join(map(str, pattern.shape)), f"b{batch_bucket(call.batch)}"),
         *(f"d{density_bucket(pattern.density)}", weight, call.layout, call.detail),
     ]
+    # Predicted for the middle of the bucket: the first batch that happens to come must not matter.
     # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
-    case = op, pattern.shape, pattern.nnz, call
+    case = op, pattern.shape, pattern.nnz, call._replace(batch=_usual_batch(call.batch))
     blocks = pattern.block_shape if len(pattern.shape) == 2 else None
     return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)
+
+
+def row_index(pattern: SparsityPattern, algorithm: str) -> tuple[Tensor, Tensor]:
+    """What the native forward and weight gradient read: row pointers, and the kept entries in the
+    algorithm's form.
+    """
+    blocked = algorithm == "blocked"
+    return pattern.row_pointers, pattern.blocked_rows if blocked else pattern.columns
+
+
+def column_index(pattern: SparsityPattern, algorithm: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What the native input gradient reads: column pointers, and the algorithm's other index."""
+    if algorithm == "blocked":
+        return pattern.column_pointers, *pattern.blocked_columns
+    if algorithm in ("small_batch", "spmv"):
+        return pattern.column_pointers, pattern.columns, pattern.row_pointers
+    return pattern.column_pointers, pattern.column_rows, pattern.permutation

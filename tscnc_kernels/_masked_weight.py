@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
+from tscnc_kernels._apply import is_eager
+from tscnc_kernels._checks import FLOATING
 from tscnc_kernels.sparsity import SparsityPattern
+
+_native = torch.ops.tscnc_kernels
 
 
 class _KeepGradient(torch.autograd.Function):
@@ -29,9 +33,37 @@ def masked_weight(
 ) -> Tensor:
     """W ∘ M, zero off the mask even where W is not finite; `held` promises that a dense W is."""
     if weight.ndim == 1:
-        return pattern.scatter(weight)
+        if not _is_native(weight):
+            return pattern.scatter(weight)
+        index = pattern.row_pointers, pattern.columns, pattern.matrix_shape[1]
+        return _native.sparsity_scatter(weight.contiguous(), *index).view(pattern.shape)  # type: ignore[no-any-return]
     if held:
         return weight
     if dense_grad:
         return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return,no-untyped-call]
     return weight.where(pattern.mask, weight.new_zeros(()))
+
+
+def kept_values(matrix: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The entries at the mask, of a tensor of the mask's shape."""
+    if not _is_native(matrix):
+        return pattern.gather(matrix)
+    flat = matrix.reshape(pattern.matrix_shape)
+    return _native.sparsity_gather(flat, pattern.row_pointers, pattern.columns)  # type: ignore[no-any-return]
+
+
+def _is_native(tensor: Tensor) -> bool:
+    """Whether the compiled loop may run: it needs no index tensors, but has no derivative."""
+    if tensor.device.type != "cpu" or tensor.dtype not in FLOATING:
+        return False
+    return is_eager() and not (torch.is_grad_enabled() and tensor.requires_grad)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_gather")
+def _(matrix: Tensor, row_pointers: Tensor, columns: Tensor) -> Tensor:
+    return matrix.new_empty(columns.shape)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_scatter")
+def _(values: Tensor, row_pointers: Tensor, columns: Tensor, width: int) -> Tensor:
+    return values.new_empty((row_pointers.shape[0] - 1, width))

@@ -11,7 +11,7 @@ Letters: N rows, K columns, nnz kept entries.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class SparsityPattern:
     column_pointers: Tensor
     column_rows: Tensor
     permutation: Tensor
+    _built: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "SparsityPattern":
@@ -162,6 +163,33 @@ class SparsityPattern:
         index = self.row_pointers.cpu(), self.columns.cpu()
         rows, columns = _native.sparsity_block_shape(*index, self.matrix_shape[1]).tolist()
         return (rows, columns) if rows >= 4 else None
+
+    @property
+    def blocked_rows(self) -> Tensor:
+        """uint8 buffer with the kept entries in the order of the cache-blocked products (layout:
+        csrc/include/blocked_index.h), built when it is first asked for.
+        """
+        return self._blocked("rows")[0]
+
+    @property
+    def blocked_columns(self) -> tuple[Tensor, Tensor]:
+        """As blocked_rows for the transposed matrix, and (nnz,) int32, the row-major place of each
+        entry in that order.
+        """
+        return self._blocked("columns")
+
+    def _blocked(self, order: str) -> tuple[Tensor, Tensor]:
+        found = self._built.get(order)
+        if found is None:
+            if order == "rows":
+                none = self.columns.new_empty((0,))
+                index = self.row_pointers, self.columns, none, self.matrix_shape[1]
+            else:
+                index = self.column_pointers, self.column_rows, self.permutation, self.shape[0]
+            found = _native.sparsity_block(*index)
+            if not torch.compiler.is_compiling():
+                self._built[order] = found
+        return found
 
     def gather(self, weight: Tensor) -> Tensor:
         """The kept entries weight[mask], differentiable.
@@ -314,6 +342,12 @@ def _(mask: Tensor) -> tuple[Tensor, ...]:
 @torch.library.register_fake("tscnc_kernels::sparsity_block_shape")
 def _(row_pointers: Tensor, columns: Tensor, width: int) -> Tensor:
     return columns.new_empty((2,), dtype=torch.int64)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_block")
+def _(pointers: Tensor, columns: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return pointers.new_empty((size,), dtype=torch.uint8), order.new_empty(order.shape)
 
 
 @torch.library.register_fake("tscnc_kernels::sparsity_unpack")

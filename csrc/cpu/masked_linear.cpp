@@ -32,11 +32,12 @@ void product_tile(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t begin = call.structure.pointers[row + r];
     const int32_t end = call.structure.pointers[row + r + 1];
-    Vec<C> sum[kVecs];
-    row_product<C, kVecs>(call.values + begin, call.structure.columns + begin, end - begin, panel,
-                          sum);
     const C bias = call.bias == nullptr ? C(0) : load_partial(call.bias + row + r, 1)[0];
-    for (int v = 0; v < kVecs; ++v) store(tile + r * kWidth + v * kW, sum[v] + bias);
+    Vec<C> sum[kVecs];
+    for (int v = 0; v < kVecs; ++v) sum[v] = broadcast(bias);
+    add_row_product<C, kVecs>(call.values + begin, call.structure.columns + begin, end - begin,
+                              panel, sum);
+    for (int v = 0; v < kVecs; ++v) store(tile + r * kWidth + v * kW, sum[v]);
   }
   const int64_t stride = call.structure.rows, offset = sample * stride + row;
   if (call.preactivation != nullptr) {

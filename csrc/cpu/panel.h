@@ -70,6 +70,19 @@ inline Vec<C> sum_each(Vec<C>* rows) {
   return rows[0];
 }
 
+// sum_each of row(0), ..., row(kLanes - 1), computed in an order that leaves few of them in
+// registers at a time.
+template <class C, int kStep = 1, class Row>
+inline Vec<C> sum_each_of(const Row& row, int first = 0) {
+  if constexpr (kStep == kLanes<C>) {
+    return row(first);
+  } else {
+    const Vec<C> a = sum_each_of<C, 2 * kStep>(row, first);
+    const Vec<C> b = sum_each_of<C, 2 * kStep>(row, first + kStep);
+    return join_halves<C, kStep, 0>(a, b) + join_halves<C, kStep, 1>(a, b);
+  }
+}
+
 // A function of scalars, lane by lane.
 template <class C, class Function>
 inline Vec<C> each_lane(Vec<C> value, Function function) {
@@ -176,32 +189,46 @@ void unpack(const Compute<T>* tile, int64_t rows, int64_t count, T* output, int6
   }
 }
 
-// sum[v] = sum over j of values[j] * panel[columns[j]], with enough independent sums to hide the
+// sum[v] += sum over j of values[j] * panel[columns[j]], with enough independent sums to hide the
 // latency of a multiply-add; their order is fixed.
-template <class C, int kVecs>
-inline void row_product(const C* values, const int32_t* columns, int64_t count, const C* panel,
-                        Vec<C>* sum) {
-  constexpr int kW = kLanes<C>, kWidth = kVecs * kW, kUnroll = kVecs == 4 ? 2 : 4;
-  Vec<C> part[kUnroll][kVecs] = {};
-  int64_t j = 0;
-  for (; j + kUnroll <= count; j += kUnroll) {
-#pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vec<C> value = broadcast(values[j + u]);
-      const C* row = panel + static_cast<int64_t>(columns[j + u]) * kWidth;
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) part[u][v] += value * load(row + v * kW);
-    }
-  }
-  for (; j < count; ++j) {
+template <class C, int kVecs, class Column>
+inline void add_row_product(const C* values, const Column* columns, int64_t count, const C* panel,
+                            Vec<C>* sum) {
+  constexpr int kW = kLanes<C>, kWidth = kVecs * kW, kSets = kVecs == 8 ? 1 : kVecs == 4 ? 2 : 4;
+  const auto add = [&](int64_t j, Vec<C>* part) {
     const Vec<C> value = broadcast(values[j]);
     const C* row = panel + static_cast<int64_t>(columns[j]) * kWidth;
-    for (int v = 0; v < kVecs; ++v) part[0][v] += value * load(row + v * kW);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) part[v] += value * load(row + v * kW);
+  };
+  int64_t j = 0;
+  if constexpr (kSets > 1) {
+    Vec<C> part[kSets - 1][kVecs] = {};
+    for (; j + kSets <= count; j += kSets) {
+      add(j, sum);
+#pragma GCC unroll 4
+      for (int u = 1; u < kSets; ++u) add(j + u, part[u - 1]);
+    }
+    for (int u = 0; u < kSets - 1; ++u) {
+      for (int v = 0; v < kVecs; ++v) sum[v] += part[u][v];
+    }
   }
-  for (int v = 0; v < kVecs; ++v) {
-    sum[v] = part[0][v] + part[1][v];
-    for (int u = 2; u < kUnroll; ++u) sum[v] += part[u][v];
+  for (; j < count; ++j) add(j, sum);
+}
+
+// Lane by lane, the products of the held vectors with a feature of a panel, added up.
+template <class C, int kVecs>
+inline Vec<C> lane_products(const Vec<C>* held, const C* feature) {
+  constexpr int kW = kLanes<C>;
+  if constexpr (kVecs == 1) return held[0] * load(feature);
+  // Two chains: one of eight multiply-adds would wait for itself.
+  Vec<C> even = held[0] * load(feature), odd = held[1] * load(feature + kW);
+#pragma GCC unroll 8
+  for (int v = 2; v < kVecs; v += 2) {
+    even += held[v] * load(feature + v * kW);
+    odd += held[v + 1] * load(feature + (v + 1) * kW);
   }
+  return even + odd;
 }
 
 // result[j] += <gradient, panel[columns[j]]> over the lanes; the gradient's lanes stay in
@@ -213,17 +240,12 @@ inline void row_inner_products(const C* gradient, const int32_t* columns, int64_
   Vec<C> held[kVecs];
   for (int v = 0; v < kVecs; ++v) held[v] = load(gradient + v * kW);
   const auto product = [&](int32_t column) {
-    const C* row = panel + static_cast<int64_t>(column) * kWidth;
-    Vec<C> sum = held[0] * load(row);
-    for (int v = 1; v < kVecs; ++v) sum += held[v] * load(row + v * kW);
-    return sum;
+    return lane_products<C, kVecs>(held, panel + static_cast<int64_t>(column) * kWidth);
   };
   int64_t j = 0;
   for (; j + kW <= count; j += kW) {
-    Vec<C> part[kW];
-#pragma GCC unroll 16
-    for (int i = 0; i < kW; ++i) part[i] = product(columns[j + i]);
-    store(result + j, load(result + j) + sum_each<C>(part));
+    store(result + j,
+          load(result + j) + sum_each_of<C>([&](int i) { return product(columns[j + i]); }));
   }
   if (j == count) return;
   Vec<C> part[kW] = {};

@@ -86,12 +86,14 @@ inline void store(bf16* target, Vec<float> value) {
 }
 
 #if defined(__AVX512F__)
+// With a full mask: the forms without one make gcc warn of uninitialised variables in its header.
 inline Vec<float> load(const fp16* source) {
-  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, bits);
 }
 inline void store(fp16* target, Vec<float> value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
-                      _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__F16C__) && !defined(TSCNC_WIDE_VECTORS)
 inline Vec<float> load(const fp16* source) {

@@ -1,4 +1,4 @@
-// exp and log of whole vectors, float and double, within about 2 ulp.
+// exp and log of whole vectors, float and double, within about 2 ulp; the exact square root.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,21 @@ inline To bit_cast(From value) {
   To result;
   std::memcpy(&result, &value, sizeof(result));
   return result;
+}
+
+// A loop over the lanes, of which the compiler makes one instruction.
+template <class S>
+inline Vec<S> sqrt(Vec<S> x) {
+  S lanes[kLanes<S>];
+  store(lanes, x);
+  for (S& lane : lanes) {
+    if constexpr (sizeof(S) == sizeof(float)) {
+      lane = __builtin_sqrtf(lane);
+    } else {
+      lane = __builtin_sqrt(lane);
+    }
+  }
+  return load(lanes);
 }
 
 // Arguments beyond the range of normal results give the smallest or largest one; NaN stays NaN.

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "blocked_index.h"
+
 namespace tscnc {
 
 // The data of `size` contiguous int32 entries on the CPU.
@@ -52,6 +54,39 @@ inline const int32_t* pointer_data(const char* op, const torch::stable::Tensor& 
                   name, " that rise from 0 to ", entries,
                   ", the number of entries; the index of a pattern must not be written to");
   return data;
+}
+
+// The blocked index of a rows x width matrix. Its counts fit its offsets, so that no entry leads
+// outside its kept entries; its columns cannot lead outside a panel.
+inline BlockedRows blocked_index(const char* op, const torch::stable::Tensor& buffer, int64_t rows,
+                                 int64_t width) {
+  constexpr auto kHeader = static_cast<int64_t>(sizeof(BlockedHeader));
+  STD_TORCH_CHECK(buffer.is_cpu() && buffer.is_contiguous() && buffer.numel() >= kHeader &&
+                      buffer.scalar_type() == torch::headeronly::ScalarType::Byte &&
+                      reinterpret_cast<uintptr_t>(buffer.const_data_ptr()) % 8 == 0,
+                  op, ": expected a blocked index as contiguous uint8 entries on the CPU");
+  const auto* bytes = static_cast<const uint8_t*>(buffer.const_data_ptr());
+  const auto* header = reinterpret_cast<const BlockedHeader*>(bytes);
+  bool good = header->magic == kBlockedMagic && header->rows == rows && header->width == width &&
+              header->block_width >= 1 && header->block_width <= kBlockedColumnValues &&
+              header->kept >= 0 && header->kept <= INT32_MAX &&
+              buffer.numel() == blocked_bytes(rows, width, header->block_width, header->kept);
+  BlockedRows index{};
+  if (good) {
+    index = blocked_rows(bytes);
+    int64_t entry = 0;
+    for (int64_t tile = 0; tile < index.tiles(); ++tile) {
+      for (int64_t block = 0; block < index.blocks(); ++block) {
+        good = good && index.first_entry(tile, block) == entry;
+        const uint8_t* counts = index.row_counts(tile, block);
+        for (int64_t row = 0; row < index.tile_rows(tile); ++row) entry += counts[row];
+      }
+    }
+    good = good && entry == index.kept && index.offsets[index.tiles() * index.blocks()] == entry;
+  }
+  STD_TORCH_CHECK(good, op, ": expected the blocked index of a ", rows, " x ", width,
+                  " pattern; the index of a pattern must not be written to");
+  return index;
 }
 
 }  // namespace tscnc

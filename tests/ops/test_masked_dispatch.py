@@ -97,6 +97,20 @@ def test_usual_sparsities_lie_inside_their_buckets():
     assert buckets == sorted(buckets) and len(set(buckets)) > 50
 
 
+def test_predictions_do_not_depend_on_which_batch_comes_first(monkeypatch):
+    monkeypatch.setattr(_autotune.state, "mode", "off")
+    for density in (0.01, 0.1, 0.3, 0.5, 0.7):
+        for low, high in ((17, 31), (64, 127)):
+            kept = pattern(density, 300, 200)
+            plans = [
+                plan_for("masked_linear", SparsityPattern.from_mask(kept.mask), "native", call)
+                for call in (Call(low, True), Call(high, True))
+            ]
+            for direction in algorithms.DIRECTIONS:
+                first, second = (plan.preview(direction) for plan in plans)
+                assert first == second
+
+
 def test_batches_share_decisions_by_octave():
     buckets = [algorithms.batch_bucket(batch) for batch in range(1, 4096)]
     assert buckets == sorted(buckets) and buckets[:16] == list(range(1, 17))

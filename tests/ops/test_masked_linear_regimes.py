@@ -14,7 +14,7 @@ from tests.ops.test_masked_linear import (
     sample,
 )
 from tscnc_kernels import SparsityPattern, _backend, masked_linear
-from tscnc_kernels._masked_algorithms import SPARSE
+from tscnc_kernels._masked_algorithms import DIRECTIONS, SPARSE, Call, plan_for, predict
 
 REGIMES = ["small_batch", "spmv", "block"]
 ops = torch.ops.tscnc_kernels
@@ -224,7 +224,7 @@ def test_a_column_outside_leads_to_memory_of_the_same_call(algorithm, batch, isa
 
 
 @pytest.mark.parametrize("algorithm", REGIMES)
-def test_dense_grad_and_half_types(algorithm, isa):
+def test_half_types_are_summed_in_float32(algorithm, isa):
     kept = SparsityPattern.from_mask(torch.ones(1, 1025, dtype=torch.bool))
     input = torch.ones(1, 1025, dtype=torch.bfloat16)
     input[0, 0] = 4096  # 4096 + 1 + ... + 1 stays 4096 when summed in bfloat16
@@ -260,3 +260,22 @@ def test_block_shape_of_a_convolution_is_of_its_matrix():
     mask[:8, 0], mask[8:, 1] = True, True  # columns 0 to 8 of 18, and 9 to 17
     assert SparsityPattern.from_mask(mask).block_shape == (8, 1)
     assert SparsityPattern.from_mask(torch.ones(8, 4, 3, 3).bool()).block_shape == (8, 4)
+
+
+def test_candidates_follow_the_batch_and_the_blocks():
+    def names(batch, direction, blocks=None):
+        return set(predict("masked_linear", (64, 64), 400, Call(batch, True), direction, blocks))
+
+    for direction in DIRECTIONS:
+        for batch, expected in ((1, {"spmv"}), (2, {"small_batch"}), (16, {"small_batch"})):
+            assert names(batch, direction) & set(REGIMES) == expected
+        assert names(17, direction) & set(REGIMES) == set()
+    assert "block" in names(128, "forward", (4, 1)) & names(128, "grad_input", (4, 4))
+    assert "block" not in names(128, "grad_input", (8, 1)) | names(128, "grad_weight", (8, 8))
+
+
+def test_a_plan_knows_the_blocks_of_its_pattern():
+    blocks, none = SparsityPattern.from_mask(block_mask(64, 64, (8, 1))), pattern(64, 64)
+    for kept, expected in ((blocks, True), (none, False)):
+        plan = plan_for("masked_linear", kept, "native", Call(128, True))
+        assert ("block" in plan.preview("forward").predicted) == expected

@@ -1,6 +1,11 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
 from tscnc_kernels.nn._fuse import FusedActivation
+from tscnc_kernels.nn.batch_norm_relu import (
+    BatchNormReLU,
+    fuse_batch_norm_relu,
+    split_batch_norm_relu,
+)
 from tscnc_kernels.nn.explain import explain
 from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
 from tscnc_kernels.nn.masked_linear import MaskedLinear
@@ -13,6 +18,7 @@ from tscnc_kernels.nn.sparsify import (
 )
 
 __all__ = [
+    "BatchNormReLU",
     "FusedActivation",
     "LayerReport",
     "MaskedConv2d",
@@ -20,6 +26,8 @@ __all__ = [
     "SparsifyReport",
     "densify",
     "explain",
+    "fuse_batch_norm_relu",
     "sparsify",
+    "split_batch_norm_relu",
     "update_masks",
 ]

@@ -18,7 +18,8 @@ class MaskedConv2d(MaskedLayer):
     mode "dense" of shape (out_channels, in_channels / groups, kh, kw) with zeros off the mask, in
     mode "values" the kept entries (nnz,) in row-major order.
 
-    torch.export and the ONNX exporters see F.conv2d on the dense weight: standard ops alone.
+    torch.export and torch.jit.trace see F.conv2d on the dense weight: standard ops alone. Before an
+    export to ONNX, `nn.densify` a copy: its exporter knows no op that spreads the values.
 
     Args:
         in_channels: channels of the input.

@@ -25,7 +25,8 @@ class MaskedLinear(MaskedLayer):
     brings its mask along; without `mask_bits` (strict=False) the weight is masked by the present
     one.
 
-    torch.export and the ONNX exporters see F.linear on the dense weight: standard ops alone.
+    torch.export and torch.jit.trace see F.linear on the dense weight: standard ops alone. Before an
+    export to ONNX, `nn.densify` a copy: its exporter knows no op that spreads the values.
 
     Attributes:
         activation: "none", "relu" or "gelu"; fused into the product.

@@ -17,6 +17,7 @@ from tscnc_kernels.nn.explain import table
 from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
 from tscnc_kernels.nn.masked_layer import MODES, MaskedLayer
 from tscnc_kernels.nn.masked_linear import MaskedLinear
+from tscnc_kernels.optim.masked_optimizer import MaskedOptimizer
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Values mode is the faster one for layers that are at least half empty.
@@ -281,10 +282,14 @@ def update_masks(
     for layer, mask in layers:
         shape = layer.weight.shape
         carry = layer.set_mask(mask)
+        if isinstance(optimizer, MaskedOptimizer):
+            continue
         state = optimizer.state.get(layer.weight, {}) if optimizer is not None else {}
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == shape:
                 state[key] = carry(value)
+    if isinstance(optimizer, MaskedOptimizer):
+        optimizer.follow_masks()
 
 
 def _pattern(model: nn.Module, name: str, mask: Tensor) -> SparsityPattern:

@@ -42,7 +42,7 @@ from tscnc_kernels._conv_algorithms import ALGORITHMS, SPARSE, choose, conv_call
 from tscnc_kernels._conv_geometry import ConvGeometry, IntPair, conv_geometry, is_channels_last
 from tscnc_kernels._masked_algorithms import Choice
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
-from tscnc_kernels._masked_weight import masked_weight
+from tscnc_kernels._masked_weight import kept_values, masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -158,7 +158,7 @@ def reference_backward(
         masked = masked_weight(weight, pattern, dense_grad, held)
         grad_input, grad_weight = geometry.convolve_backward(gradient, input, masked, needs)
     if grad_weight is not None and weight.ndim == 1:
-        grad_weight = pattern.gather(grad_weight)
+        grad_weight = kept_values(grad_weight, pattern)
     elif grad_weight is not None and not dense_grad:
         grad_weight = grad_weight.where(pattern.mask, grad_weight.new_zeros(()))
     return grad_input, grad_weight, gradient.sum((0, 2, 3)) if needs[2] else None

@@ -35,9 +35,17 @@ from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
-from tscnc_kernels._masked_algorithms import ALGORITHMS, SPARSE, Call, Choice, choose
+from tscnc_kernels._masked_algorithms import (
+    ALGORITHMS,
+    SPARSE,
+    Call,
+    Choice,
+    choose,
+    column_index,
+    row_index,
+)
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
-from tscnc_kernels._masked_weight import masked_weight
+from tscnc_kernels._masked_weight import kept_values, masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -117,7 +125,7 @@ def reference_backward(
         grad_input = gradient @ masked_weight(weight, pattern, dense_grad, held)
     grad_weight = gradient.t() @ input if needs[1] else None
     if grad_weight is not None and weight.ndim == 1:
-        grad_weight = pattern.gather(grad_weight)
+        grad_weight = kept_values(grad_weight, pattern)
     elif grad_weight is not None and not dense_grad:
         grad_weight = grad_weight.where(pattern.mask, grad_weight.new_zeros(()))
     return grad_input, grad_weight, gradient.sum(0) if needs[2] else None
@@ -174,7 +182,7 @@ def _forward(
 
     def product(algorithm: str) -> tuple[Tensor, Tensor]:
         if algorithm != DENSE:
-            index = pattern.row_pointers, pattern.columns
+            index = row_index(pattern, algorithm)
             codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
             return _native.masked_linear(  # type: ignore[no-any-return]
                 input, weight, bias, *index, *codes, save
@@ -199,8 +207,9 @@ def _backward(
 
     def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
         codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
+        index = *row_index(pattern, for_weight), *column_index(pattern, for_input)
         return _native.masked_linear_backward(  # type: ignore[no-any-return]
-            *tensors, *pattern.tensors[1:], *codes, *wanted
+            *tensors, *index, *codes, *wanted
         )
 
     def dense(wanted: Sequence[bool]) -> Gradients:

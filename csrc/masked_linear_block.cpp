@@ -1,18 +1,19 @@
-// The products of block patterns on torch's threads.
-#pragma once
-
-#include <torch/csrc/stable/ops.h>
-
+// masked_linear on patterns of blocks, whose rows come in groups with the same columns.
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "cpu/masked_linear_block.h"
+#include "dtype_dispatch.h"
+#include "masked_linear_rows.h"
 #include "scratch.h"
 
 namespace tscnc {
+namespace {
 
-inline bool same_columns(const SparseRows& structure, int64_t row, int64_t other) {
+using torch::stable::Tensor;
+
+bool same_columns(const SparseRows& structure, int64_t row, int64_t other) {
   const int32_t* pointers = structure.pointers;
   const int64_t count = pointers[row + 1] - pointers[row];
   return pointers[other + 1] - pointers[other] == count &&
@@ -22,7 +23,7 @@ inline bool same_columns(const SparseRows& structure, int64_t row, int64_t other
 
 // First rows of the groups, then the number of rows. Whatever the pattern, the groups are right:
 // where no rows agree, each is a group of its own.
-inline std::vector<int32_t> row_group_starts(const SparseRows& structure) {
+std::vector<int32_t> row_group_starts(const SparseRows& structure) {
   std::vector<int32_t> starts;
   starts.reserve(static_cast<size_t>(structure.rows) + 1);
   for (int64_t row = 0; row < structure.rows;) {
@@ -39,7 +40,7 @@ inline std::vector<int32_t> row_group_starts(const SparseRows& structure) {
   return starts;
 }
 
-inline RowGroups row_groups(const std::vector<int32_t>& starts) {
+RowGroups row_groups(const std::vector<int32_t>& starts) {
   return {starts.data(), static_cast<int64_t>(starts.size()) - 1};
 }
 
@@ -57,6 +58,30 @@ void run_block_product(MaskedProduct<T> call) {
   const int64_t size = TSCNC_SELECT(block_scratch<T>)(call.structure.width);
   torch::stable::parallel_for(0, panels * call.row_splits, 1, [&](int64_t begin, int64_t end) {
     kernel(call, row_groups(starts), begin, end, thread_scratch().reserve<Working<T>>(size));
+  });
+}
+
+}  // namespace
+
+void block_forward(const LinearForward& call) {
+  const SparseRows structure =
+      sparse_rows(call.row_pointers, call.columns, call.input.size(1), "row_pointers", "columns");
+  dispatch_floating(kMaskedLinear, call.input.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Tensor values = row_values<T>(call.weight, structure);
+    run_block_product<T>(forward_product<T>(call, structure, values));
+  });
+}
+
+void block_input_gradient(const LinearInputGradient& call) {
+  const int64_t rows = call.gradient.size(1), kept = call.column_rows.numel();
+  const SparseRows structure =
+      sparse_rows(call.column_pointers, call.column_rows, rows, "column_pointers", "column_rows");
+  const int32_t* order = bounded_index(kMaskedLinear, call.permutation, kept, kept, "permutation");
+  dispatch_floating(kMaskedLinear, call.gradient.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Tensor values = column_values<T>(call.weight, structure, order);
+    run_block_product<T>(input_gradient_product<T>(call, structure, values));
   });
 }
 

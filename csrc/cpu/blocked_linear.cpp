@@ -1,0 +1,236 @@
+#include "blocked_linear.h"
+
+#include "panel.h"
+#include "vec.h"
+
+namespace tscnc::TSCNC_ISA {
+namespace {
+
+// Eight sums hide the latency of a multiply-add without a second set; wider vectors have 32
+// registers for two sets of four.
+constexpr int kPanelVecs = kVectorBytes == 64 ? 4 : 8;
+// Single inner products that wait for their reduction together.
+constexpr int64_t kWaiting = 64;
+
+// The narrowest panel for `count` samples.
+template <class T, class Function>
+inline void with_panel_width(int64_t count, const Function& function) {
+  if (count <= kLanes<T>) {
+    function(std::integral_constant<int, 1>());
+  } else if (count <= 2 * kLanes<T>) {
+    function(std::integral_constant<int, 2>());
+  } else if (kPanelVecs == 4 || count <= 4 * kLanes<T>) {
+    function(std::integral_constant<int, 4>());
+  } else {
+    function(std::integral_constant<int, kPanelVecs>());
+  }
+}
+
+// Adds a block's part of the products to a tile of sums.
+template <class C, int kVecs>
+void add_block(const uint8_t* counts, int64_t rows, const C* values, const uint8_t* columns,
+               const C* panel, C* tile) {
+  constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
+  for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
+    const int64_t count = counts[row];
+    Vec<C> sum[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) sum[v] = load(tile + v * kW);
+    add_row_product<C, kVecs>(values, columns, count, panel, sum);
+    values += count;
+    columns += count;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) store(tile + v * kW, sum[v]);
+  }
+}
+
+// Bias, activation and the transposition into the row-major output.
+template <class T, int kVecs>
+void finish_tile(const BlockedProduct<T>& call, int64_t row, int64_t rows, int64_t sample,
+                 int64_t count, Compute<T>* tile) {
+  using C = Compute<T>;
+  const int64_t stride = call.index.rows, offset = sample * stride + row;
+  if (call.preactivation != nullptr) {
+    unpack<T, kVecs>(tile, rows, count, call.preactivation + offset, stride);
+  }
+  if (call.activation != Activation::none) {
+    for (int64_t i = 0; i < rows * kVecs * kLanes<T>; i += kLanes<T>) {
+      store(tile + i, activate<C>(load(tile + i), call.activation));
+    }
+  }
+  unpack<T, kVecs>(tile, rows, count, call.output + offset, stride);
+}
+
+template <class T, int kVecs>
+void product_tile(const BlockedProduct<T>& call, int64_t tile, int64_t sample, int64_t count,
+                  const Compute<T>* panel, Compute<T>* sums) {
+  using C = Compute<T>;
+  constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
+  const BlockedRows& index = call.index;
+  const int64_t row = tile * kBlockedTileRows, rows = index.tile_rows(tile);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec<C> bias =
+        broadcast(call.bias == nullptr ? C(0) : load_partial(call.bias + row + r, 1)[0]);
+    for (int v = 0; v < kVecs; ++v) store(sums + r * kWidth + v * kW, bias);
+  }
+  for (int64_t block = 0; block < index.blocks(); ++block) {
+    const int64_t entry = index.first_entry(tile, block);
+    add_block<C, kVecs>(index.row_counts(tile, block), rows, call.values + entry,
+                        index.columns + entry, panel + block * index.block_width * kWidth, sums);
+  }
+  finish_tile<T, kVecs>(call, row, rows, sample, count, sums);
+}
+
+// Inner products one by one: their lanes are summed kLanes products at a time.
+template <class C>
+class Waiting {
+ public:
+  void push(Vec<C> product, C* target) {
+    store(products_ + count_ * kLanes<C>, product);
+    targets_[count_++] = target;
+    if (count_ == kWaiting) flush();
+  }
+
+  void flush() {
+    constexpr int kW = kLanes<C>;
+    for (int64_t first = 0; first < count_; first += kW) {
+      Vec<C> rows[kW];
+      for (int i = 0; i < kW; ++i) rows[i] = load(products_ + (first + i) * kW);
+      C sums[kW];
+      store(sums, sum_each<C>(rows));
+      const int64_t left = count_ - first < kW ? count_ - first : kW;
+      for (int64_t i = 0; i < left; ++i) *targets_[first + i] += sums[i];
+    }
+    count_ = 0;
+  }
+
+ private:
+  alignas(64) C products_[kWaiting * kLanes<C>];
+  C* targets_[kWaiting];
+  int64_t count_ = 0;
+};
+
+// gradients[j] += <tile row, panel[columns[j]]> for the entries of a block.
+template <class C, int kVecs>
+void add_block_gradients(const uint8_t* counts, int64_t rows, const uint8_t* columns,
+                         const C* panel, const C* tile, C* gradients, Waiting<C>* waiting) {
+  constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
+  for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
+    const int64_t count = counts[row];
+    Vec<C> held[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) held[v] = load(tile + v * kW);
+    const auto product = [&](uint8_t column) {
+      return lane_products<C, kVecs>(held, panel + static_cast<int64_t>(column) * kWidth);
+    };
+    int64_t j = 0;
+    for (; j + kW <= count; j += kW) {
+      store(gradients + j,
+            load(gradients + j) + sum_each_of<C>([&](int i) { return product(columns[j + i]); }));
+    }
+    for (; j < count; ++j) waiting->push(product(columns[j]), gradients + j);
+    columns += count;
+    gradients += count;
+  }
+}
+
+template <class T, int kVecs>
+void add_bias_gradient(const Compute<T>* tile, int64_t rows, Compute<T>* bias_gradient) {
+  using C = Compute<T>;
+  for (int64_t row = 0; row < rows; ++row, tile += kVecs * kLanes<T>) {
+    Vec<C> sum = load(tile);
+    for (int v = 1; v < kVecs; ++v) sum += load(tile + v * kLanes<T>);
+    bias_gradient[row] += sum_lanes<C>(sum);
+  }
+}
+
+template <class T, int kVecs>
+void weight_gradient_tile(const BlockedWeightGradient<T>& call, int64_t tile, int64_t sample,
+                          int64_t count, const Compute<T>* panel, Compute<T>* held,
+                          Waiting<Compute<T>>* waiting) {
+  constexpr int kWidth = kVecs * kLanes<T>;
+  const BlockedRows& index = call.index;
+  const int64_t row = tile * kBlockedTileRows, rows = index.tile_rows(tile);
+  pack<T, kVecs>(call.gradient, sample, count, row, row + rows, held);
+  if (call.bias_gradient != nullptr) {
+    add_bias_gradient<T, kVecs>(held, rows, call.bias_gradient + row);
+  }
+  if (call.values_gradient == nullptr) return;
+  for (int64_t block = 0; block < index.blocks(); ++block) {
+    const int64_t entry = index.first_entry(tile, block);
+    add_block_gradients<Compute<T>, kVecs>(
+        index.row_counts(tile, block), rows, index.columns + entry,
+        panel + block * index.block_width * kWidth, held, call.values_gradient + entry, waiting);
+    waiting->flush();
+  }
+}
+
+}  // namespace
+
+template <class T>
+int64_t blocked_lanes() {
+  return kPanelVecs * kLanes<T>;
+}
+
+template <class T>
+int64_t blocked_scratch(const BlockedRows& index) {
+  return (index.panel_features() + kBlockedTileRows) * blocked_lanes<T>();
+}
+
+template <class T>
+void blocked_product(const BlockedProduct<T>& call, int64_t begin, int64_t end,
+                     Working<T>* scratch) {
+  const int64_t lanes = blocked_lanes<T>(), tiles = call.index.tiles();
+  Compute<T>* sums = scratch;
+  Compute<T>* panel = scratch + kBlockedTileRows * lanes;
+  int64_t packed = -1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t sample = item / call.tile_splits * lanes, split = item % call.tile_splits;
+    const int64_t left = call.input.count - sample, count = left < lanes ? left : lanes;
+    with_panel_width<T>(count, [&](auto width) {
+      constexpr int kVecs = decltype(width)::value;
+      if (packed != sample) {
+        pack<T, kVecs>(call.input, sample, count, 0, call.index.width, panel);
+      }
+      for (int64_t tile = tiles * split / call.tile_splits;
+           tile < tiles * (split + 1) / call.tile_splits; ++tile) {
+        product_tile<T, kVecs>(call, tile, sample, count, panel, sums);
+      }
+    });
+    packed = sample;
+  }
+}
+
+template <class T>
+void blocked_weight_gradient(const BlockedWeightGradient<T>& call, int64_t begin, int64_t end,
+                             Working<T>* scratch) {
+  const int64_t lanes = blocked_lanes<T>();
+  Compute<T>* held = scratch;
+  Compute<T>* panel = scratch + kBlockedTileRows * lanes;
+  Waiting<Compute<T>> waiting;
+  for (int64_t sample = 0; sample < call.input.count; sample += lanes) {
+    const int64_t left = call.input.count - sample, count = left < lanes ? left : lanes;
+    with_panel_width<T>(count, [&](auto width) {
+      constexpr int kVecs = decltype(width)::value;
+      if (call.values_gradient != nullptr) {
+        pack<T, kVecs>(call.input, sample, count, 0, call.index.width, panel);
+      }
+      for (int64_t tile = begin; tile < end; ++tile) {
+        weight_gradient_tile<T, kVecs>(call, tile, sample, count, panel, held, &waiting);
+      }
+    });
+  }
+}
+
+#define TSCNC_INSTANTIATE(T)                                                                  \
+  template int64_t blocked_lanes<T>();                                                        \
+  template int64_t blocked_scratch<T>(const BlockedRows&);                                    \
+  template void blocked_product<T>(const BlockedProduct<T>&, int64_t, int64_t, Working<T>*);  \
+  template void blocked_weight_gradient<T>(const BlockedWeightGradient<T>&, int64_t, int64_t, \
+                                           Working<T>*);
+TSCNC_INSTANTIATE(float)
+TSCNC_INSTANTIATE(double)
+TSCNC_INSTANTIATE(bf16)
+TSCNC_INSTANTIATE(fp16)
+
+}  // namespace tscnc::TSCNC_ISA
