@@ -64,7 +64,10 @@ inline void pack_run(const Images<T>& source, const PixelRun& run, int64_t prese
                      bool interleaved, Compute<T>* target, const Read& read) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>;
-  for (int64_t j = 0; j < run.count; j += kW) {
+  for (int64_t next = 0; next < run.count; next += kW) {
+    // Interleaved, the last pixels are packed again if they do not fill a vector.
+    const bool again = interleaved && next + kW > run.count && run.count > kW;
+    const int64_t j = again ? run.count - kW : next;
     const int64_t left = run.count - j < kW ? run.count - j : kW;
     const int64_t offset = run.offset + j * run.step;
     if (!interleaved) {

@@ -138,6 +138,40 @@ inline void for_each_run(const Planes& planes, const Tile& tile, int64_t height,
   }
 }
 
+// Writes `vecs` interleaved pixels to `present` images, kLanes pixels at a time; the last ones
+// again if they do not fill a vector.
+template <class T>
+inline void unpack_row(const Compute<T>* from, int64_t vecs, int64_t present, bool overrun,
+                       const Target<T>& target, T* to) {
+  using C = Compute<T>;
+  constexpr int64_t kW = kLanes<T>;
+  const int64_t step = target.pixel_stride;
+  Vec<C> block[kW];
+  if (vecs < kW) {
+    for (int64_t v = 0; v < kW; ++v) block[v] = v < vecs ? load(from + v * kW) : Vec<C>{};
+    transpose<C>(block);
+    for (int64_t g = 0; g < present; ++g) {
+      put(to + g * target.image_stride, step, block[g], overrun ? kW : vecs);
+    }
+    return;
+  }
+  for (int64_t next = 0; next < vecs; next += kW) {
+    const int64_t first = next + kW <= vecs ? next : vecs - kW;
+#pragma GCC unroll 16
+    for (int v = 0; v < kW; ++v) block[v] = load(from + (first + v) * kW);
+    transpose<C>(block);
+    T* pixels = to + first * step;
+    if (present == kW && step == 1) {
+#pragma GCC unroll 16
+      for (int g = 0; g < kW; ++g) store(pixels + g * target.image_stride, block[g]);
+    } else {
+      for (int64_t g = 0; g < present; ++g) {
+        put(pixels + g * target.image_stride, step, block[g], kW);
+      }
+    }
+  }
+}
+
 // Writes the tile's results, sums[row * tile vectors], to the target's channels from its first on.
 template <class T>
 void unpack_tile(const Planes& planes, const Tile& tile, int64_t height, int64_t width,
@@ -171,23 +205,16 @@ void unpack_tile(const Planes& planes, const Tile& tile, int64_t height, int64_t
     }
     return;
   }
+  // A full store behind a short row of the grid is overwritten by the rows that follow.
+  const int64_t below = (height - tile.row - tile.rows) * width;
+  const bool overrun = target.pixel_stride == 1 && target.row_stride == width && tile.vecs < kW &&
+                       below >= kW - tile.vecs;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      Vec<C> block[kW] = {};
       const C* from = sums + row * size + r * tile.vecs * kW;
       T* to = target.data + row * target.channel_stride + (tile.row + r) * target.row_stride +
               tile.column * target.pixel_stride;
-      for (int64_t first = 0; first < tile.vecs; first += kW) {
-        const int64_t left = tile.vecs - first < kW ? tile.vecs - first : kW;
-        for (int64_t v = 0; v < kW; ++v) {
-          block[v] = v < left ? load(from + (first + v) * kW) : Vec<C>{};
-        }
-        transpose<C>(block);
-        for (int64_t g = 0; g < present; ++g) {
-          put(to + g * target.image_stride + first * target.pixel_stride, target.pixel_stride,
-              block[g], left);
-        }
-      }
+      unpack_row(from, tile.vecs, present, overrun, target, to);
     }
   }
 }

@@ -374,7 +374,8 @@ def masked_conv2d(
         RuntimeError: the backend or the algorithm cannot run here.
 
     NaN: the sparse algorithms do not read an input that no kept weight multiplies; NaN or infinity
-    there need not come through as it does in a dense convolution.
+    there need not come through as it does in a dense convolution. Elsewhere it may also spoil
+    gradients of other weights, which "plane" multiplies by the zeros between rows of pixels.
 
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
     are cast as for F.conv2d.
