@@ -7,6 +7,7 @@ from tscnc_kernels.nn.sparsify import explain
 from tscnc_kernels.ops.condition_number_penalty import condition_number_penalty
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.gated_transformed_l1 import gated_transformed_l1
+from tscnc_kernels.ops.gram_iteration import gram_iteration
 from tscnc_kernels.ops.hard_concrete import hard_concrete, hard_concrete_active_probability
 from tscnc_kernels.ops.logdet_gram import logdet_gram
 from tscnc_kernels.ops.masked_linear import masked_linear
@@ -24,6 +25,7 @@ __all__ = [
     "explain",
     "extreme_singular_values",
     "gated_transformed_l1",
+    "gram_iteration",
     "hard_concrete",
     "hard_concrete_active_probability",
     "logdet_gram",
