@@ -5,6 +5,7 @@ from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
 from tscnc_kernels.nn.sparsify import explain
 from tscnc_kernels.ops.condition_number_penalty import condition_number_penalty
+from tscnc_kernels.ops.conv_singular_values import conv_singular_values
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.gated_transformed_l1 import gated_transformed_l1
 from tscnc_kernels.ops.gram_iteration import gram_iteration
@@ -22,6 +23,7 @@ __all__ = [
     "available_backends",
     "build_info",
     "condition_number_penalty",
+    "conv_singular_values",
     "explain",
     "extreme_singular_values",
     "gated_transformed_l1",
