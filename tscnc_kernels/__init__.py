@@ -12,6 +12,8 @@ from tscnc_kernels.ops.gram_iteration import gram_iteration
 from tscnc_kernels.ops.hard_concrete import hard_concrete, hard_concrete_active_probability
 from tscnc_kernels.ops.logdet_gram import logdet_gram
 from tscnc_kernels.ops.masked_linear import masked_linear
+from tscnc_kernels.ops.nuclear_norm import nuclear_norm, nuclear_norm_prox
+from tscnc_kernels.ops.orthogonality_penalty import orthogonality_penalty
 from tscnc_kernels.ops.transformed_l1 import transformed_l1, transformed_l1_value_and_grad
 from tscnc_kernels.ops.transformed_l1_prox import transformed_l1_prox
 from tscnc_kernels.sparsity import SparsityPattern
@@ -33,6 +35,9 @@ __all__ = [
     "logdet_gram",
     "masked_linear",
     "nn",
+    "nuclear_norm",
+    "nuclear_norm_prox",
+    "orthogonality_penalty",
     "transformed_l1",
     "transformed_l1_prox",
     "transformed_l1_value_and_grad",

@@ -1,5 +1,6 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
+from tscnc_kernels.nn import utils
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.nn.sparsify import (
     LayerReport,
@@ -18,4 +19,5 @@ __all__ = [
     "explain",
     "sparsify",
     "update_masks",
+    "utils",
 ]

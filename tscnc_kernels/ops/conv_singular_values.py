@@ -279,8 +279,8 @@ def _certify(blocks: _Symbols, ends: Bounds, largest: Tensor, smallest: Tensor) 
         lower = torch.where(holds, torch.maximum(value, lower), lower)
     high = torch.stack([(ends.sigma_max[0, 0] - off).clamp(min=0), upper + off])
     low = torch.stack([(lower - off).clamp(min=0), ends.sigma_min[1, 1] + off])
-    slack = high.new_tensor([1 - 8 * UNIT, 1 + 8 * UNIT])
-    return _intervals(high * slack, low * slack)
+    outward = high.new_tensor([1 - 8 * UNIT, 1 + 8 * UNIT])
+    return _intervals(high * outward, low * outward)
 
 
 def _positive(matrices: Tensor) -> Tensor:
