@@ -4,6 +4,7 @@ from tscnc_kernels import nn
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
 from tscnc_kernels.nn.sparsify import explain
+from tscnc_kernels.nn.spectral_report import spectral_report
 from tscnc_kernels.ops.condition_number_penalty import condition_number_penalty
 from tscnc_kernels.ops.conv_singular_values import conv_singular_values
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
@@ -38,6 +39,7 @@ __all__ = [
     "nuclear_norm",
     "nuclear_norm_prox",
     "orthogonality_penalty",
+    "spectral_report",
     "transformed_l1",
     "transformed_l1_prox",
     "transformed_l1_value_and_grad",

@@ -10,14 +10,18 @@ from tscnc_kernels.nn.sparsify import (
     sparsify,
     update_masks,
 )
+from tscnc_kernels.nn.spectral_report import LayerSpectrum, SpectralReport, spectral_report
 
 __all__ = [
     "LayerReport",
+    "LayerSpectrum",
     "MaskedLinear",
     "SparsifyReport",
+    "SpectralReport",
     "densify",
     "explain",
     "sparsify",
+    "spectral_report",
     "update_masks",
     "utils",
 ]
