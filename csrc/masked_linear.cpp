@@ -10,6 +10,8 @@
 #include <tuple>
 
 #include "dtype_dispatch.h"
+#include "masked_linear_block_run.h"
+#include "masked_linear_small_run.h"
 #include "scratch.h"
 #include "sparse_index.h"
 
@@ -33,13 +35,15 @@ Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
+// `checked`: every column is looked at here, for kernels that do not check what they read.
 SparseRows sparse_rows(const Tensor& pointers, const Tensor& columns, int64_t width,
-                       const char* pointers_name, const char* columns_name) {
+                       const char* pointers_name, const char* columns_name, bool checked = true) {
   const int64_t kept = columns.numel();
   const int32_t* begin = pointer_data(kOp, pointers, kept, pointers_name);
   STD_TORCH_CHECK(pointers.numel() >= 2, kOp, ": expected ", pointers_name, " of at least one row");
-  return {begin, bounded_index(kOp, columns, kept, width, columns_name), pointers.numel() - 1,
-          width};
+  const int32_t* entries = checked ? bounded_index(kOp, columns, kept, width, columns_name)
+                                   : index_data(kOp, columns, kept, columns_name);
+  return {begin, entries, pointers.numel() - 1, width};
 }
 
 Activation activation_of(int64_t code) {
@@ -73,8 +77,17 @@ void for_rows(const SparseRows& structure, const Function& function) {
 }
 
 // Codes of tscnc_kernels/_masked_algorithms.py.
-void check_algorithm(int64_t code) {
-  STD_TORCH_CHECK(code == 0, kOp, ": expected the algorithm code 0, got ", code);
+enum class Algorithm : int64_t { panel = 0, small_batch = 2, spmv = 3, block = 4 };
+
+Algorithm algorithm_of(int64_t code) {
+  STD_TORCH_CHECK(code == 0 || (code >= 2 && code <= 4), kOp,
+                  ": expected the algorithm code 0, 2, 3 or 4, got ", code);
+  return static_cast<Algorithm>(code);
+}
+
+// Kernels for few samples keep their reads inside by themselves and need no transposed index.
+bool is_small(Algorithm algorithm) {
+  return algorithm == Algorithm::small_batch || algorithm == Algorithm::spmv;
 }
 
 // The kept entries of a dense weight, or the values themselves, in the type that they are
@@ -159,11 +172,11 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
                                              std::optional<Tensor> bias, Tensor row_pointers,
                                              Tensor columns, int64_t activation, int64_t algorithm,
                                              bool save_preactivation) {
-  check_algorithm(algorithm);
+  const Algorithm chosen = algorithm_of(algorithm);
   STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
                   " dimensions");
-  const SparseRows structure =
-      sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns");
+  const SparseRows structure = sparse_rows(row_pointers, columns, input.size(1), "row_pointers",
+                                           "columns", !is_small(chosen) || weight.dim() == 2);
   const Activation act = activation_of(activation);
   const ScalarType dtype = input.scalar_type();
   check_matrix(input, input.size(0), structure.width, dtype, "input");
@@ -179,15 +192,22 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
   dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Tensor values = kept_values<T>(weight, structure);
-    run_product<T>(
-        {structure, data<Working<T>>(values), samples<T>(input),
-         bias.has_value() ? data<T>(*bias) : nullptr, act,
-         static_cast<T*>(output.mutable_data_ptr()),
-         save_preactivation ? static_cast<T*>(preactivation.mutable_data_ptr()) : nullptr, 1});
+    const MaskedProduct<T> call = {
+        structure,
+        data<Working<T>>(values),
+        samples<T>(input),
+        bias.has_value() ? data<T>(*bias) : nullptr,
+        act,
+        static_cast<T*>(output.mutable_data_ptr()),
+        save_preactivation ? static_cast<T*>(preactivation.mutable_data_ptr()) : nullptr,
+        1};
+    if (is_small(chosen)) return run_small_product<T>(call, chosen == Algorithm::spmv);
+    chosen == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
   });
   return {output, preactivation};
 }
 
+// The permutation is null where the algorithm needs no transposed index.
 struct Structure {
   SparseRows rows, transposed;
   const int32_t* permutation;
@@ -195,8 +215,15 @@ struct Structure {
 
 template <class T>
 Tensor input_gradient(const Structure& structure, const Tensor& weight, const Samples<T>& gradient,
-                      const Tensor& like) {
+                      Algorithm algorithm, const Tensor& like) {
   const Tensor values = kept_values<T>(weight, structure.rows);
+  if (structure.permutation == nullptr) {
+    Tensor result = torch::stable::new_empty(like, {gradient.count, structure.rows.width});
+    run_small_input_gradient<T>({structure.rows, data<Working<T>>(values), gradient,
+                                 static_cast<T*>(result.mutable_data_ptr())},
+                                structure.transposed);
+    return result;
+  }
   Tensor ordered = torch::stable::empty_like(values);
   const auto* source = data<Working<T>>(values);
   auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
@@ -207,23 +234,30 @@ Tensor input_gradient(const Structure& structure, const Tensor& weight, const Sa
     }
   });
   Tensor result = torch::stable::new_empty(like, {gradient.count, transposed.rows});
-  run_product<T>({transposed, target, gradient, nullptr, Activation::none,
-                  static_cast<T*>(result.mutable_data_ptr()), nullptr, 1});
+  const MaskedProduct<T> call = {transposed,       target,
+                                 gradient,         nullptr,
+                                 Activation::none, static_cast<T*>(result.mutable_data_ptr()),
+                                 nullptr,          1};
+  algorithm == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
   return result;
 }
 
 template <class T>
 std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Tensor& weight,
                                            const Samples<T>& gradient, const Tensor& input,
-                                           bool needs_weight, bool needs_bias) {
+                                           Algorithm algorithm, bool needs_weight,
+                                           bool needs_bias) {
   constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
   const int64_t kept = needs_weight ? structure.pointers[structure.rows] : 0;
-  Tensor values = torch::stable::new_zeros(input, {kept}, working);
+  const bool small = is_small(algorithm) && gradient.count > 0;
+  Tensor values = small ? torch::stable::new_empty(input, {kept}, working)
+                        : torch::stable::new_zeros(input, {kept}, working);
   Tensor bias = torch::stable::new_zeros(input, {needs_bias ? structure.rows : 0}, working);
-  run_weight_gradient<T>(
-      {structure, samples<T>(input), gradient,
-       needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
-       needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr});
+  const MaskedWeightGradient<T> call = {
+      structure, samples<T>(input), gradient,
+      needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
+      needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr};
+  small ? run_small_weight_gradient<T>(call) : run_weight_gradient<T>(call);
   values = in_dtype(values, input.scalar_type());
   bias = in_dtype(bias, input.scalar_type());
   const bool dense = needs_weight && weight.dim() == 2;
@@ -237,16 +271,19 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
     Tensor columns, Tensor column_pointers, Tensor column_rows, Tensor permutation,
     int64_t activation, int64_t input_algorithm, int64_t weight_algorithm, bool needs_input,
     bool needs_weight, bool needs_bias) {
-  check_algorithm(input_algorithm);
-  check_algorithm(weight_algorithm);
+  const Algorithm input_chosen = algorithm_of(input_algorithm);
+  const Algorithm weight_chosen = algorithm_of(weight_algorithm);
   STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
                   " dimensions");
+  const bool permuted = needs_input && !is_small(input_chosen);
+  const bool checked = weight.dim() == 2 || permuted || !is_small(weight_chosen);
   const SparseRows rows =
-      sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns");
-  const SparseRows transposed =
-      sparse_rows(column_pointers, column_rows, rows.rows, "column_pointers", "column_rows");
+      sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns", checked);
+  const SparseRows transposed = sparse_rows(column_pointers, column_rows, rows.rows,
+                                            "column_pointers", "column_rows", permuted);
   const int64_t count = input.size(0), kept = columns.numel();
-  const int32_t* order = bounded_index(kOp, permutation, kept, kept, "permutation");
+  const int32_t* order =
+      permuted ? bounded_index(kOp, permutation, kept, kept, "permutation") : nullptr;
   const Activation act = activation_of(activation);
   STD_TORCH_CHECK(column_rows.numel() == kept && transposed.rows == rows.width, kOp,
                   ": the two orders of the pattern do not agree");
@@ -265,11 +302,12 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
     using T = typename decltype(tag)::type;
     const Samples<T> gradient = samples<T>(grad_output, scaled ? data<T>(saved) : nullptr, act);
     if (needs_input) {
-      grad_input = input_gradient<T>({rows, transposed, order}, weight, gradient, input);
+      grad_input =
+          input_gradient<T>({rows, transposed, order}, weight, gradient, input_chosen, input);
     }
     if (!needs_weight && !needs_bias) return;
     std::tie(grad_weight, grad_bias) =
-        weight_gradient<T>(rows, weight, gradient, input, needs_weight, needs_bias);
+        weight_gradient<T>(rows, weight, gradient, input, weight_chosen, needs_weight, needs_bias);
   });
   return {grad_input, grad_weight, grad_bias};
 }

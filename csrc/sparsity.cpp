@@ -162,6 +162,42 @@ Tensor sparsity_mapping(const Tensor& old_pointers, const Tensor& old_columns,
   return mapping;
 }
 
+// The largest power of two up to 64 that divides both.
+int64_t common_block(int64_t block, int64_t place) {
+  while (place % block != 0) block /= 2;
+  return block;
+}
+
+// (r, c), both powers of two up to 64: all rows change their columns at multiples of r only, and
+// the kept columns of a row begin and end at multiples of c only. The first rows of a pattern
+// without blocks tell that there are none.
+Tensor sparsity_block_shape(const Tensor& row_pointers, const Tensor& columns, int64_t width) {
+  constexpr char kOp[] = "sparsity_block_shape";
+  const int64_t kept = columns.numel(), rows = row_pointers.numel() - 1;
+  const int32_t* pointers = pointer_data(kOp, row_pointers, kept, "row_pointers");
+  const int32_t* column = index_data(kOp, columns, kept, "columns");
+  int64_t height = common_block(64, rows), across = common_block(64, width);
+  for (int64_t row = 0; row < rows && height > 1; ++row) {
+    const int32_t begin = pointers[row], end = pointers[row + 1];
+    const bool repeated = row > 0 && end - begin == begin - pointers[row - 1] &&
+                          std::memcmp(column + begin, column + pointers[row - 1],
+                                      static_cast<size_t>(end - begin) * sizeof(int32_t)) == 0;
+    if (repeated) continue;
+    height = common_block(height, row);
+    for (int32_t j = begin; j < end && across > 1; ++j) {
+      if (j == begin || column[j - 1] + 1 != column[j]) across = common_block(across, column[j]);
+      if (j + 1 == end || column[j] + 1 != column[j + 1]) {
+        across = common_block(across, column[j] + 1);
+      }
+    }
+  }
+  Tensor shape = torch::stable::new_empty(columns, {2}, ScalarType::Long);
+  auto* result = static_cast<int64_t*>(shape.mutable_data_ptr());
+  result[0] = kept > 0 ? height : 1;
+  result[1] = kept > 0 && height > 1 ? across : 1;
+  return shape;
+}
+
 }  // namespace
 }  // namespace tscnc
 
@@ -169,6 +205,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
       "sparsity_build(Tensor mask) -> (Tensor bits, Tensor row_pointers, Tensor columns, "
       "Tensor column_pointers, Tensor column_rows, Tensor permutation)");
+  m.def("sparsity_block_shape(Tensor row_pointers, Tensor columns, int width) -> Tensor");
   m.def("sparsity_unpack(Tensor bits, int rows, int width) -> Tensor");
   m.def(
       "sparsity_mapping(Tensor old_pointers, Tensor old_columns, Tensor new_pointers, "
@@ -177,6 +214,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
   m.impl("sparsity_build", TORCH_BOX(&tscnc::sparsity_build));
+  m.impl("sparsity_block_shape", TORCH_BOX(&tscnc::sparsity_block_shape));
   m.impl("sparsity_unpack", TORCH_BOX(&tscnc::sparsity_unpack));
   m.impl("sparsity_mapping", TORCH_BOX(&tscnc::sparsity_mapping));
 }

@@ -3,7 +3,7 @@
 from tscnc_kernels import nn
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
-from tscnc_kernels.nn.sparsify import explain
+from tscnc_kernels.nn.explain import explain
 from tscnc_kernels.nn.spectral_report import spectral_report
 from tscnc_kernels.ops.condition_number_penalty import condition_number_penalty
 from tscnc_kernels.ops.conv_singular_values import conv_singular_values
@@ -12,6 +12,7 @@ from tscnc_kernels.ops.gated_transformed_l1 import gated_transformed_l1
 from tscnc_kernels.ops.gram_iteration import gram_iteration
 from tscnc_kernels.ops.hard_concrete import hard_concrete, hard_concrete_active_probability
 from tscnc_kernels.ops.logdet_gram import logdet_gram
+from tscnc_kernels.ops.masked_conv2d import masked_conv2d
 from tscnc_kernels.ops.masked_linear import masked_linear
 from tscnc_kernels.ops.nuclear_norm import nuclear_norm, nuclear_norm_prox
 from tscnc_kernels.ops.orthogonality_penalty import orthogonality_penalty
@@ -34,6 +35,7 @@ __all__ = [
     "hard_concrete",
     "hard_concrete_active_probability",
     "logdet_gram",
+    "masked_conv2d",
     "masked_linear",
     "nn",
     "nuclear_norm",

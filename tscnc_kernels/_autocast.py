@@ -20,3 +20,13 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def cast_operands(
+    device: torch.device, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A layer's tensors as autocast wants them on this device."""
+    dtype = autocast_dtype(device)
+    if dtype is None:
+        return input, weight, bias
+    return cast(input, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype)

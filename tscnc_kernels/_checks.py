@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -116,3 +116,36 @@ def check_patterns(patterns: Sequence[SparsityPattern | None], matrices: Sequenc
             raise ValueError(
                 f"expected patterns[{index}] on {matrix.device} as its matrix, got {pattern.device}"
             )
+
+
+def check_masked_operands(
+    input: Tensor, weight: Tensor, bias: Tensor | None, pattern: SparsityPattern
+) -> None:
+    """Floating tensors of the input's dtype on the pattern's device.
+
+    Raises:
+        TypeError: another dtype, or what `check_floating` raises.
+        ValueError: another device, or what `check_floating` raises.
+    """
+    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in named.items():
+        check_floating(name, tensor)
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != pattern.device:
+            raise ValueError(
+                f"expected {name} on the pattern's device {pattern.device}, got {tensor.device}"
+            )
+
+
+def check_name(what: str, found: str, known: Iterable[str]) -> None:
+    """One of the known names.
+
+    Raises:
+        ValueError: another one.
+    """
+    names = tuple(known)
+    if found not in names:
+        raise ValueError(f"expected {what} to be one of {', '.join(names)}, got {found!r}")

@@ -1,17 +1,79 @@
 """Which algorithm computes each product of a masked layer."""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from tscnc_kernels import _autotune
+from tscnc_kernels._autotune import DENSE, Compute, Plan
+from tscnc_kernels._build import C
 from tscnc_kernels.sparsity import SparsityPattern
 
-DENSE = "dense"
-# Algorithms of the native backend on the kept entries, and their codes in csrc/masked_linear.cpp.
-SPARSE = {"panel": 0}
+DIRECTIONS = ("forward", "grad_input", "grad_weight")
+
+
+class Cost(NamedTuple):
+    """Nanoseconds of an algorithm on one core, as fitted to benchmarks/results/cpu-*-avx2.
+
+    Attributes:
+        product: per entry that it multiplies, and sample.
+        sample: per element of its input and output, for the layout.
+        entry: per entry, whatever the batch.
+        call: per call.
+        batches: the smallest and the largest batch that it runs on.
+    """
+
+    product: float
+    sample: float
+    entry: float
+    call: float
+    batches: tuple[int, int] = (0, 1 << 62)
+
+
+class Family(NamedTuple):
+    """The algorithms of one op.
+
+    Attributes:
+        sparse: the native backend's, with their codes in csrc/<op>.cpp.
+        costs: of all that the closed-form model knows, dense too.
+        usual: the shape of a usual weight.
+    """
+
+    sparse: Mapping[str, int]
+    costs: Mapping[str, Cost]
+    usual: tuple[int, ...]
+
+
+FAMILIES = {
+    "masked_linear": Family(
+        {"panel": 0, "small_batch": 2, "spmv": 3, "block": 4},
+        {
+            "panel": Cost(0.058, 0.6, 0.6, 6e3),
+            "small_batch": Cost(0.02, 0.6, 0.8, 6e3, (2, 16)),
+            "spmv": Cost(0.0, 0.6, 0.5, 6e3, (1, 1)),
+            "block": Cost(0.04, 0.6, 0.8, 6e3, (17, 1 << 62)),
+            DENSE: Cost(0.027, 0.02, 0.2, 6e3),
+        },
+        (1024, 1024),
+    ),
+    "masked_conv2d": Family(
+        {"plane": 0, "batch": 1},
+        {
+            "plane": Cost(0.058, 0.5, 0.6, 1e4),
+            "batch": Cost(0.058, 0.5, 0.6, 1e4),
+            DENSE: Cost(0.025, 0.1, 0.2, 1e4),
+        },
+        (256, 256, 3, 3),
+    ),
+}
+SPARSE = FAMILIES["masked_linear"].sparse
 ALGORITHMS = (*SPARSE, DENSE)
-# Above this density torch's GEMM is expected to win over a training step: without cache blocking
-# the panel kernel reaches about a third of the GEMM's rate (rows of
-# benchmarks/results/*/masked_linear.csv).
-PANEL_DENSITY = 0.35
+# Nanoseconds per kept entry to pick it from a dense weight or put it there, and per entry of a
+# dense weight to fill or mask it.
+PICK, FILL = 3.0, 0.25
 
 
 class Algorithms(NamedTuple):
@@ -21,23 +83,209 @@ class Algorithms(NamedTuple):
     grad_input: str
     grad_weight: str
 
+    def pick(self, direction: str, compute: Compute, tensors: Sequence[Tensor]) -> str:
+        """As `Plan.pick`, where everything is decided."""
+        return self[DIRECTIONS.index(direction)]
+
+
+class Call(NamedTuple):
+    """What a masked product's time depends on, beside the pattern.
+
+    Attributes:
+        batch: samples; of a convolution, output pixels of all images.
+        values: the weight comes as its kept entries.
+        held: a dense weight is zero off the mask already.
+        dtype: of all tensors.
+        layout: of the input, "rows" or "strided".
+        detail: of the op, such as a convolution's stride.
+    """
+
+    batch: int
+    values: bool = False
+    held: bool = True
+    dtype: torch.dtype = torch.float32
+    layout: str = "rows"
+    detail: str = ""
+
+    @classmethod
+    def of(cls, input: Tensor, weight: Tensor, held: bool) -> "Call":
+        """The call of a linear layer on a matrix of samples."""
+        layout = "rows" if input.is_contiguous() else "strided"
+        return cls(input.shape[0], weight.dim() == 1, held, input.dtype, layout)
+
+
+def usual_call(shape: Sequence[int], values: bool = True) -> Call:
+    """A call to plan for where none has been seen: 128 samples, or 4096 pixels."""
+    return Call(128 if len(shape) == 2 else 4096, values)
+
+
+def predict(
+    op: str,
+    shape: Sequence[int],
+    nnz: int,
+    call: Call,
+    direction: str,
+    blocks: tuple[int, int] | None = None,
+) -> dict[str, float]:
+    """Seconds of each algorithm that can compute a direction natively on nnz kept entries.
+
+    Of one thread, so that the choice, and with it the bits, are the same for any number of them.
+    `blocks` is the pattern's block_shape.
+    """
+    size, elements = math.prod(shape), call.batch * (shape[0] + shape[1])
+    seconds = {}
+    for name, cost in FAMILIES[op].costs.items():
+        if not cost.batches[0] <= call.batch <= cost.batches[1]:
+            continue
+        if name == "block" and not _uses_blocks(direction, blocks):
+            continue
+        entries = size if name == DENSE else nnz
+        work = (cost.product * call.batch + cost.entry) * entries + cost.sample * elements
+        if name == DENSE:
+            work += _around_dense(call, direction, nnz, size)
+        elif not call.values:
+            work += PICK * nnz + (FILL * size if direction == "grad_weight" else 0)
+        seconds[name] = 1e-9 * (work * call.dtype.itemsize / 4 + cost.call)
+    return seconds
+
+
+def _uses_blocks(direction: str, blocks: tuple[int, int] | None) -> bool:
+    """Whether four rows of the product's matrix share their columns."""
+    if blocks is None or direction == "grad_weight":
+        return False
+    return direction == "forward" or blocks[1] >= 4
+
+
+def _around_dense(call: Call, direction: str, nnz: int, size: int) -> float:
+    """Nanoseconds of what the dense algorithm does beside its product."""
+    if call.values:
+        return PICK * nnz + (FILL * size if direction != "grad_weight" else 0)
+    return 0 if call.held and direction != "grad_weight" else FILL * size
+
+
+Choice = Algorithms | Plan
+Model = Callable[..., dict[str, float]]  # with the arguments of `predict`
+
 
 def choose(
-    op: str, pattern: SparsityPattern, backend: str, batch: int, forced: str | None = None
-) -> Algorithms:
-    """The algorithms that an op runs: the one asked for, else by a closed-form rule.
+    op: str, pattern: SparsityPattern, backend: str, call: Call | None, forced: str | None = None
+) -> Choice:
+    """What an op runs: the algorithm asked for, else the fastest by measurement or prediction.
 
-    The rule is "panel" where the native backend runs and the density is at most `PANEL_DENSITY`,
-    else "dense".
+    Where the call cannot be known, as under compilation (None), the prediction for a usual layer of
+    the pattern's density decides: a graph must not depend on sizes.
 
     Raises:
         RuntimeError: a sparse algorithm was asked for on a backend without it.
     """
-    if forced in SPARSE and backend != "native":
+    if call is not None:
+        return plan_for(op, pattern, backend, call, forced)
+    check_forced(op, pattern, backend, forced)
+    if forced is not None or backend != "native":
+        return Algorithms(*[forced or DENSE] * 3)
+    return Algorithms(*(_below(pattern.density, ranges) for ranges in _ranges(op)))
+
+
+@torch.compiler.assume_constant_result
+def _ranges(op: str) -> list[list[tuple[float, str]]]:
+    """Per direction, up to which density each algorithm is the fastest of a usual call."""
+    shape = FAMILIES[op].usual
+    found = []
+    for direction in DIRECTIONS:
+        ranges: list[tuple[float, str]] = []
+        for step in range(1, 201):
+            nnz = round(step / 200 * math.prod(shape))
+            name = _autotune.fastest(predict(op, shape, nnz, usual_call(shape), direction))
+            if ranges and ranges[-1][1] == name:
+                ranges.pop()
+            ranges.append((step / 200, name))
+        found.append(ranges)
+    return found
+
+
+def _below(density: float, ranges: Sequence[tuple[float, str]]) -> str:
+    for limit, name in ranges:
+        if density <= limit:
+            return name
+    return ranges[-1][1]
+
+
+def check_forced(op: str, pattern: SparsityPattern, backend: str, forced: str | None) -> None:
+    """Raises RuntimeError if a sparse algorithm is asked for on a backend without it."""
+    if forced in FAMILIES[op].sparse and backend != "native":
         raise RuntimeError(
             f"{op}: algorithm {forced!r} needs the native backend, got {backend!r} "
             f"on {pattern.device}"
         )
-    sparse = backend == "native" and pattern.density <= PANEL_DENSITY
-    name = forced or ("panel" if sparse else DENSE)
-    return Algorithms(name, name, name)
+
+
+def batch_bucket(batch: int) -> int:
+    """The same number for batches that share a decision: each up to 16, then the octaves."""
+    return batch if batch <= 16 else 12 + batch.bit_length()
+
+
+def density_bucket(density: float) -> int:
+    """The same number for densities that share a decision.
+
+    Steps of 0.025 from 0.1 up, and of a third of an octave below; usual sparsities lie inside one,
+    not on its edge.
+    """
+    if density >= 0.09:
+        return round(40 * density)
+    return round(3 * math.log2(max(density, 1e-9)))
+
+
+def plan_for(
+    op: str,
+    pattern: SparsityPattern,
+    backend: str,
+    call: Call,
+    forced: str | None = None,
+    model: Model = predict,
+) -> Plan:
+    """The plan of one kind of call on a pattern; the pattern keeps it.
+
+    `model` predicts, with the arguments of `predict`.
+
+    Raises:
+        RuntimeError: a sparse algorithm was asked for on a backend without it.
+    """
+    plans = pattern.__dict__.setdefault("_plans", {})
+    lookup = (
+        *(op, backend, forced, _autotune.is_on(), torch.get_num_threads()),
+        *(batch_bucket(call.batch), *call[1:]),
+    )
+    plan: Plan | None = plans.get(lookup)
+    if plan is None:
+        check_forced(op, pattern, backend, forced)
+        plan = plans[lookup] = _new_plan(op, pattern, backend, call, forced, model)
+    return plan
+
+
+def plans_of(pattern: SparsityPattern) -> list[Plan]:
+    """The plans of all calls that the pattern has seen, oldest first."""
+    return list(pattern.__dict__.get("_plans", {}).values())
+
+
+def _new_plan(
+    op: str,
+    pattern: SparsityPattern,
+    backend: str,
+    call: Call,
+    forced: str | None,
+    model: Model,
+) -> Plan:
+    if backend != "native":
+        return Plan(call, op, lambda direction: {DENSE: math.inf}, forced)
+    weight = "values" if call.values else "held" if call.held else "dense"
+    device = pattern.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else C.active_isa()
+    parts = [
+        *(op, where, f"t{torch.get_num_threads()}", str(call.dtype).removeprefix("torch.")),
+        *("x".join(map(str, pattern.shape)), f"b{batch_bucket(call.batch)}"),
+        *(f"d{density_bucket(pattern.density)}", weight, call.layout, call.detail),
+    ]
+    # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
+    case = op, pattern.shape, pattern.nnz, call
+    blocks = pattern.block_shape if len(pattern.shape) == 2 else None
+    return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)

@@ -8,6 +8,7 @@ matrix (shape[0], product of the rest).
 Letters: N rows, K columns, nnz kept entries.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,6 +151,17 @@ class SparsityPattern:
     def row_counts(self) -> Tensor:
         """(N,) int32, kept entries per row."""
         return self.row_pointers.diff()
+
+    @functools.cached_property
+    def block_shape(self) -> tuple[int, int] | None:
+        """(r, c) of the blocks that the mask is made of, or None where r would be under 4.
+
+        Both are powers of two up to 64 that divide the mask's sides. Looked at when it is first
+        asked for; in a mask without blocks the first rows tell.
+        """
+        index = self.row_pointers.cpu(), self.columns.cpu()
+        rows, columns = _native.sparsity_block_shape(*index, self.matrix_shape[1]).tolist()
+        return (rows, columns) if rows >= 4 else None
 
     def gather(self, weight: Tensor) -> Tensor:
         """The kept entries weight[mask], differentiable.
@@ -297,6 +309,11 @@ def _(mask: Tensor) -> tuple[Tensor, ...]:
     bits = mask.new_empty(((rows * width + 7) // 8,), dtype=torch.uint8)
     sizes = (rows + 1, nnz, width + 1, nnz, nnz)
     return bits, *(mask.new_empty((size,), dtype=torch.int32) for size in sizes)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_block_shape")
+def _(row_pointers: Tensor, columns: Tensor, width: int) -> Tensor:
+    return columns.new_empty((2,), dtype=torch.int64)
 
 
 @torch.library.register_fake("tscnc_kernels::sparsity_unpack")

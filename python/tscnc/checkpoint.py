@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tscnc.files import write_bytes
 from tscnc.layers import dense_weight, pattern_of, prunable_layers, stored_weight
 from tscnc.optional import require
-from tscnc_kernels.nn.masked_linear import MASK_KEY
+from tscnc_kernels.nn.masked_layer import MASK_KEY
 
 FORMAT = 1
 _SHOWN = 3

@@ -26,6 +26,7 @@ from tscnc.data import Dataset
 from tscnc.layers import dense_weight, pattern_of, prunable_layers
 from tscnc.session import make_optimizer
 from tscnc.tasks import TASKS, training_attack
+from tscnc_kernels.nn import densify
 
 _SEED = 7
 _WARM_UP_STEPS = 2
@@ -76,8 +77,10 @@ class DenseMaskedLinear(nn.Module):
 def dense_masked(model: nn.Module) -> nn.Module:
     """Returns a copy of a network with every masked layer as a `DenseMaskedLinear`."""
     twin = copy.deepcopy(model)
+    patterns = {name: pattern_of(layer) for name, layer in prunable_layers(twin).items()}
+    densify(twin)
     for name, layer in prunable_layers(twin).items():
-        pattern = pattern_of(layer)
+        pattern = patterns[name]
         if pattern is not None:
             dense = DenseMaskedLinear(
                 dense_weight(layer), pattern.mask, getattr(layer, "bias", None)

@@ -9,6 +9,7 @@ import tscnc_kernels
 from tests.op_suite import check_close
 from tscnc_kernels import SparsityPattern
 from tscnc_kernels.nn import MaskedLinear, densify, sparsify, update_masks
+from tscnc_kernels.nn._fuse import FusedActivation
 
 
 def mlp() -> nn.Sequential:
@@ -34,7 +35,7 @@ def test_swaps_exactly_the_named_layers_and_keeps_the_function(mode):
     expected = masked_forward(model, masks, input)
     report = sparsify(model, {"0.weight": masks["0"], "2": masks["2"]}, mode=mode)
     assert report.swapped == ["0", "2"]
-    assert [type(m) for m in model] == [MaskedLinear, nn.ReLU, MaskedLinear, nn.Linear]
+    assert [type(m) for m in model] == [MaskedLinear, FusedActivation, MaskedLinear, nn.Linear]
     assert (model[0].mode, model[2].mode) == ((mode,) * 2 if mode else ("values", "dense"))
     check_close(model(input), expected, 1e-5, "value")
     assert report.layers[2].reason == "no mask was given"
@@ -46,34 +47,40 @@ def test_swaps_exactly_the_named_layers_and_keeps_the_function(mode):
 def test_report_prints_one_line_per_layer():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     report = sparsify(model, {"0": torch.eye(4, dtype=torch.bool)})
+    gain = f"{report.layers[0].gain:.1f}x predicted"
     assert str(report).splitlines() == [
-        "layer  shape  density  now                  reason",
-        "0      4 x 4  25.00%   MaskedLinear values  mask given",
-        "1      2 x 4  100.00%  Linear, unchanged    no mask was given",
+        "layer  shape  density  now                  gain            reason",
+        f"0      4 x 4  25.00%   MaskedLinear values  {gain}  mask given",
+        "1      2 x 4  100.00%  Linear, unchanged                    no mask was given",
     ]
 
 
 def test_existing_zeros_and_prune_state_are_found():
-    model = mlp()
-    model[0].weight.data *= mask_for(model[0], 0.2)
+    model = nn.Sequential(
+        nn.Linear(256, 320), nn.ReLU(), nn.Linear(320, 12), nn.Linear(12, 4), nn.Linear(4, 64)
+    )
+    model[0].weight.data *= mask_for(model[0], 0.05)
     prune.random_unstructured(model[2], "weight", 0.4)
     nn.init.zeros_(model[3].weight)
-    input = torch.randn(5, 8)
+    model[4].weight.data *= mask_for(model[4], 0.9)
+    input = torch.randn(5, 256)
     expected = model(input)
     report = sparsify(model)
     assert report.swapped == ["0", "2"]
     reasons = [layer.reason for layer in report.layers]
     assert reasons[:2] == ["existing zeros", "mask of torch.nn.utils.prune"]
     assert reasons[2].startswith("all of its weights are zero")
+    assert reasons[3].startswith("dense is as fast with 9")
+    assert report.layers[0].gain > 1.05 > report.layers[3].gain
     check_close(model(input), expected, 1e-5, "value")
     assert list(model[2].state_dict()) == ["weight", "bias", "mask_bits"]
-    assert model[2].pattern.nnz == round(0.6 * 144)
+    assert model[2].pattern.nnz == round(0.6 * 320 * 12)
 
 
 def test_dense_layers_stay_dense():
     report = sparsify(model := mlp())
     assert report.swapped == [] and not any(isinstance(m, MaskedLinear) for m in model)
-    assert "35% of its weights" in report.layers[0].reason
+    assert report.layers[0].reason == "none of its weights is zero"
 
 
 def test_optimizer_made_before_keeps_working_in_dense_mode():
@@ -87,13 +94,23 @@ def test_optimizer_made_before_keeps_working_in_dense_mode():
     assert (model[0].weight[~mask] == 0).all() and (model[0].weight[mask] != before[mask]).all()
 
 
-def test_convolutions_are_left_alone_and_reported():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    before = model[0].weight.detach().clone()
-    report = sparsify(model, {"0.weight": torch.rand(4, 3, 3, 3) < 0.1, "2": mask_for(model[2])})
-    assert report.swapped == ["2"] and report.layers[0].kind == "Conv2d"
-    assert report.layers[0].reason.startswith("convolutions have no sparse kernel")
-    assert torch.equal(model[0].weight, before)
+def test_convolutions_are_swapped_fused_and_taken_back():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    model.append(nn.Conv2d(1, 1, 1, padding_mode="circular"))
+    masks = {"0.weight": torch.rand(4, 3, 3, 3) < 0.3, "3": mask_for(model[3])}
+    masks["4"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    input = torch.randn(2, 3, 4, 4)
+    expected = masked_forward(model[:4], {"0": masks["0.weight"], "3": masks["3"]}, input)
+    report = sparsify(model, masks)
+    assert report.swapped == ["0", "3"] and report.layers[0].activation == "relu"
+    assert "MaskedConv2d values + relu" in str(report)
+    assert report.layers[2].reason == "its padding is circular, not of zeros"
+    check_close(model[:4](input), expected, 1e-5, "value")
+    update_masks(model, {"0": torch.ones(4, 3, 3, 3, dtype=torch.bool)})
+    check_close(model[:4](input), expected, 1e-5, "value")
+    densify(model)
+    assert [type(m) for m in model[:4]] == [nn.Conv2d, nn.ReLU, nn.Flatten, nn.Linear]
+    check_close(model[:4](input), expected, 1e-5, "value")
 
 
 def test_layers_that_cannot_be_swapped_say_why():
@@ -245,7 +262,7 @@ def test_update_masks_checks_everything_first():
     before = copy.deepcopy(model.state_dict())
     good = mask_for(model[0], seed=4).new_ones(12, 8)
     for bad, error, message in (
-        ({"3": torch.ones(4, 12).bool()}, ValueError, "'3' to be a MaskedLinear, got Linear"),
+        ({"3": torch.ones(4, 12).bool()}, ValueError, "'3' to be a masked layer, got Linear"),
         ({"2": torch.ones(4, 12).bool()}, ValueError, r"'2': expected shape \(12, 12\)"),
         ({"2": torch.ones(12, 12)}, TypeError, r"'2': .* got torch.float32"),
         ({"9": good}, ValueError, "known names"),
@@ -254,15 +271,3 @@ def test_update_masks_checks_everything_first():
             update_masks(model, {"0": good, **bad}, optimizer)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
-
-
-def test_explain_names_algorithm_and_reason():
-    model = mlp()
-    sparsify(model, {"0": mask_for(model[0], 0.1), "2": mask_for(model[2], 0.9)})
-    lines = tscnc_kernels.explain(model).splitlines()
-    assert [line.split()[0] for line in lines] == ["layer", "0", "2"]
-    assert "native panel" in lines[1] and "at most 35%" in lines[1]
-    assert "native dense" in lines[2] and "above 35%" in lines[2]
-    with tscnc_kernels.use_backend("reference"):
-        assert "reference dense" in tscnc_kernels.explain(model[0])
-    assert tscnc_kernels.explain(nn.ReLU()) == "no masked layer"

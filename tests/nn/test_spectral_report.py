@@ -108,6 +108,16 @@ def test_convolutions_get_a_line_on_their_operator(operator):
     assert torch.equal(model.norm.running_mean, means)
 
 
+def test_masked_convolutions_are_measured_as_the_dense_ones_they_stand_for():
+    mask = gaussian(4, 18, 3).reshape(4, 2, 3, 3) > 0.8
+    model, input = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1)), torch.randn(1, 2, 6, 6)
+    expected = spectral_report(model, {"0": mask}, operator="zeros", example_input=input).layers
+    assert sparsify(model, {"0": mask}).swapped == ["0"]
+    found = spectral_report(model, operator="zeros", example_input=input).layers
+    assert found == expected
+    assert found[0].density == pytest.approx(mask.double().mean().item())
+
+
 def test_table_has_a_line_per_entry_of_equal_length_and_never_says_nan():
     model = Net()
     nn.init.zeros_(model.head.weight)

@@ -5,17 +5,16 @@ import torch
 
 from tests.ops.test_masked_linear import pattern
 from tscnc_kernels import masked_linear
-from tscnc_kernels._masked_algorithms import ALGORITHMS, PANEL_DENSITY, Algorithms, choose
+from tscnc_kernels._masked_algorithms import ALGORITHMS, Algorithms, choose
 from tscnc_kernels.ops import masked_linear as op
 
 
-def test_rule_is_sparse_below_the_stated_density():
-    below, above = pattern(100, 100), pattern(20, 20, "full")
-    assert below.density < PANEL_DENSITY < above.density
-    assert choose("op", below, "native", 8) == ("panel",) * 3
-    assert choose("op", above, "native", 8) == ("dense",) * 3
-    assert choose("op", below, "reference", 8) == ("dense",) * 3
-    assert choose("op", above, "native", 8, "panel") == ("panel",) * 3
+def test_the_model_is_sparse_where_little_is_kept():
+    sparse, dense = pattern(300, 300), pattern(300, 300, "full")
+    assert choose("masked_linear", sparse, "native", None) == ("panel",) * 3
+    assert choose("masked_linear", dense, "native", None) == ("dense",) * 3
+    assert choose("masked_linear", sparse, "reference", None) == ("dense",) * 3
+    assert choose("masked_linear", dense, "native", None, "panel") == ("panel",) * 3
 
 
 @pytest.mark.parametrize("algorithms", list(itertools.product(ALGORITHMS, repeat=3)))
@@ -31,3 +30,12 @@ def test_every_direction_runs_its_own_algorithm(algorithms, monkeypatch):
         results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_dense_algorithm_trusts_assume_masked_and_still_masks_the_gradient():
+    kept = pattern(8, 6)
+    weight = torch.ones(8, 6, requires_grad=True)
+    output = masked_linear(torch.ones(1, 6), weight, kept, assume_masked=True, algorithm="dense")
+    assert output.tolist() == [[6.0] * 8]
+    output.sum().backward()
+    assert torch.equal(weight.grad != 0, kept.mask)

@@ -1,20 +1,24 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
 from tscnc_kernels.nn import utils
+from tscnc_kernels.nn._fuse import FusedActivation
+from tscnc_kernels.nn.explain import explain
+from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
 from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.nn.sparsify import (
     LayerReport,
     SparsifyReport,
     densify,
-    explain,
     sparsify,
     update_masks,
 )
 from tscnc_kernels.nn.spectral_report import LayerSpectrum, SpectralReport, spectral_report
 
 __all__ = [
+    "FusedActivation",
     "LayerReport",
     "LayerSpectrum",
+    "MaskedConv2d",
     "MaskedLinear",
     "SparsifyReport",
     "SpectralReport",

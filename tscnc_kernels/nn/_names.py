@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from tscnc_kernels.nn.masked_linear import MaskedLinear
+from tscnc_kernels.nn.masked_layer import MaskedLayer
 
-MASKABLE = (nn.Linear, nn.Conv2d, MaskedLinear)
+MASKABLE = (nn.Linear, nn.Conv2d, MaskedLayer)
 
 
 def resolve(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,21 +1,31 @@
 """Swap the pruned layers of a model to sparse kernels, back, and to other masks."""
 
+import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tscnc_kernels import _backend
-from tscnc_kernels._masked_algorithms import PANEL_DENSITY, choose
+from tscnc_kernels.nn._fuse import FusedActivation, fused_layers, fusible, has_hooks
+from tscnc_kernels.nn._gain import WORTHWHILE, measured_gain, predicted_gain
 from tscnc_kernels.nn._names import check_module, resolve
-from tscnc_kernels.nn.masked_linear import MODES, MaskedLinear
+from tscnc_kernels.nn.explain import table
+from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
+from tscnc_kernels.nn.masked_layer import MODES, MaskedLayer
+from tscnc_kernels.nn.masked_linear import MaskedLinear
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Values mode is the faster one for layers that are at least half empty.
 VALUES_DENSITY = 0.5
+ZEROS = "existing zeros"
+_PLAIN: dict[type, Callable[[Any], nn.Module]] = {
+    MaskedLinear: MaskedLinear.to_linear,
+    MaskedConv2d: MaskedConv2d.to_conv,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,10 @@ class LayerReport:
         density: share of its entries that are kept, or not zero.
         mode: "dense" or "values" if it was swapped, else None.
         reason: why it was swapped or left.
+        gain: time of the plain layer over that of the masked one, forward and backward; None where
+            it was not asked.
+        measured: whether the gain was timed on this machine, or predicted.
+        activation: that of the module behind it, if it was fused into the layer.
     """
 
     name: str
@@ -37,6 +51,9 @@ class LayerReport:
     density: float
     mode: str | None
     reason: str
+    gain: float | None = None
+    measured: bool = False
+    activation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,90 +68,182 @@ class SparsifyReport:
         return [layer.name for layer in self.layers if layer.mode is not None]
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "density", "now", "reason")]
+        rows = [("layer", "shape", "density", "now", "gain", "reason")]
         for layer in self.layers:
-            now = f"MaskedLinear {layer.mode}" if layer.mode else f"{layer.kind}, unchanged"
+            now = f"{layer.kind}, unchanged"
+            if layer.mode:
+                now = f"Masked{layer.kind} {layer.mode}"
+                now += f" + {layer.activation}" if layer.activation else ""
+            gain = ""
+            if layer.gain is not None:
+                gain = f"{layer.gain:.1f}x {'measured' if layer.measured else 'predicted'}"
             shape = " x ".join(map(str, layer.shape))
-            rows.append((layer.name, shape, f"{layer.density:.2%}", now, layer.reason))
-        return _table(rows)
+            rows.append((layer.name, shape, f"{layer.density:.2%}", now, gain, layer.reason))
+        return table(rows)
 
 
 def sparsify(
-    model: nn.Module, masks: Mapping[str, Tensor] | None = None, *, mode: str | None = None
+    model: nn.Module,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    mode: str | None = None,
+    fuse: bool = True,
+    batch: int | None = None,
 ) -> SparsifyReport:
-    """Replace pruned Linear layers of a model, in place, by `MaskedLinear`.
+    """Replace pruned layers of a model, in place, by `MaskedLinear` and `MaskedConv2d`.
 
     With `masks`, every named layer is swapped and all others stay as they are. Without, a layer is
     swapped if torch.nn.utils.prune holds a mask for it, or if so many of its weights are zero that
-    the sparse kernel is the faster one. Create the optimizer afterwards, unless mode="dense".
+    the masked layer is the faster one. Create the optimizer afterwards, unless mode="dense".
+
+    A ReLU or an exact GELU that directly follows a swapped layer in a Sequential is fused into it;
+    the layer then returns activated values. `densify` takes that back.
 
     Args:
-        model: any module that contains Linear layers.
+        model: any module that contains Linear or Conv2d layers.
         masks: name -> bool tensor of the weight's shape, true where it is kept. Names are those of
             parameters ("0.weight"); module names ("0") are accepted too.
         mode: "dense" or "values", see `MaskedLinear`; None takes values for layers with at most
             half of their entries kept.
+        fuse: fuse activations.
+        batch: samples per call (for a convolution, pixels of one image); each layer in question is
+            then timed before and after the swap, on random input. None predicts for 128 samples
+            and 4096 pixels.
 
     Returns:
-        A report with one entry per Linear and Conv2d layer. Conv2d layers are never swapped; the
-        report says so where a mask was given for one.
+        A report with one entry per Linear and Conv2d layer.
 
     Raises:
         ValueError: an unknown name (close or known names are listed), a mask of another shape, an
-            unknown mode, a mask for a weight without data (lazy, or on the meta device), or a model
-            that is itself a Linear. The model is unchanged then.
+            unknown mode, a mask for a weight without data (lazy, or on the meta device), a batch
+            below 1, or a model that is itself a Linear or Conv2d. The model is unchanged then.
         TypeError: a mask that is not boolean, or arguments of other types.
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"expected mode to be None or one of {', '.join(MODES)}, got {mode!r}")
-    if isinstance(model, nn.Linear):
-        raise ValueError("expected a model that contains Linear layers, got a Linear itself")
+    if batch is not None and batch < 1:
+        raise ValueError(f"expected a batch of at least 1, got {batch}")
+    if isinstance(model, nn.Linear | nn.Conv2d):
+        kind = type(model).__name__
+        raise ValueError(f"expected a model that contains {kind} layers, got a {kind} itself")
     resolved = resolve(model, {} if masks is None else masks)
     named = {name: _pattern(model, name, mask) for name, mask in resolved.items()}
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    layers, swaps = [], {}
+    fused = {layer: name for _, layer, _, name in fusible(model)} if fuse else {}
+    layers: list[LayerReport] = []
+    swaps: dict[nn.Module, _Swap] = {}
     for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear) and name in named:
-            raise ValueError(f"{name!r} is a MaskedLinear already; use nn.update_masks")
+        if isinstance(module, MaskedLayer) and name in named:
+            kind = type(module).__name__
+            raise ValueError(f"{name!r} is a {kind} already; use nn.update_masks")
         if not isinstance(module, nn.Linear | nn.Conv2d) or not _is_materialised(module.weight):
             continue
-        pattern, reason = _decide(module, named.get(name), masks is not None, users)
-        density = pattern.density if pattern else _density(module.weight)
-        chosen = None
-        if pattern is not None:
-            chosen = mode or ("values" if density <= VALUES_DENSITY else "dense")
-            if _reads_weights(model, name):
-                chosen = "dense"
-            swaps[module] = (pattern, chosen)
-        shape = tuple(module.weight.shape)
-        kind = type(module).__name__
-        layers.append(LayerReport(name, kind, shape, density, chosen, reason))
-
-    def swap(module: nn.Module) -> nn.Module | None:
-        if not isinstance(module, nn.Linear) or module not in swaps:
-            return None
-        if prune.is_pruned(module):
-            prune.remove(module, "weight")
-        return MaskedLinear.from_linear(module, *swaps[module])
-
-    _replace(model, swap)
+        pattern, reason = _candidate(module, named.get(name), masks is not None, users)
+        if pattern is None:
+            layers.append(_report(name, module, None, reason))
+            continue
+        chosen = "dense" if _reads_weights(model, name) else mode or _mode_for(pattern)
+        swap = _Swap(pattern, chosen, fused.get(module, "none"))
+        gain = _gain(module, swap, batch)
+        if reason != ZEROS or gain >= WORTHWHILE:
+            swaps[module] = swap
+        else:
+            reason = f"dense is as fast with {pattern.density:.1%} of its weights not zero"
+        report = _report(name, module, swaps.get(module), reason, gain, batch is not None)
+        layers.append(report)
+    _apply_swaps(model, swaps)
     return SparsifyReport(tuple(layers))
 
 
+class _Swap(NamedTuple):
+    pattern: SparsityPattern
+    mode: str
+    activation: str
+
+
+def _apply_swaps(model: nn.Module, swaps: Mapping[nn.Module, _Swap]) -> None:
+    for parent, layer, after, _ in list(fusible(model)):
+        if layer in swaps and swaps[layer].activation != "none":
+            parent._modules[after] = FusedActivation(parent.get_submodule(after))
+    _replace(model, lambda module: _masked(module, swaps[module]) if module in swaps else None)
+
+
+def _masked(module: nn.Module, swap: _Swap) -> MaskedLayer:
+    if prune.is_pruned(module):
+        prune.remove(module, "weight")
+    pattern, mode, activation = swap
+    if isinstance(module, nn.Conv2d):
+        return MaskedConv2d.from_conv(module, pattern, mode, activation=activation)
+    assert isinstance(module, nn.Linear)
+    return MaskedLinear.from_linear(module, pattern, mode, activation=activation)
+
+
+def _gain(module: nn.Module, swap: _Swap, batch: int | None) -> float:
+    if batch is None:
+        pattern = swap.pattern
+        op = MaskedConv2d.op if isinstance(module, nn.Conv2d) else MaskedLinear.op
+        return predicted_gain(op, pattern.shape, pattern.nnz, swap.mode == "values")
+    plain = copy.deepcopy(module)
+    masked = _masked(copy.deepcopy(module), swap._replace(activation="none"))
+    return measured_gain(plain, masked, batch)
+
+
+def _mode_for(pattern: SparsityPattern) -> str:
+    return "values" if pattern.density <= VALUES_DENSITY else "dense"
+
+
+def _report(
+    name: str,
+    module: nn.Linear | nn.Conv2d,
+    swap: _Swap | None,
+    reason: str,
+    gain: float | None = None,
+    measured: bool = False,
+) -> LayerReport:
+    return LayerReport(
+        name=name,
+        kind=type(module).__name__,
+        shape=tuple(module.weight.shape),
+        density=swap.pattern.density if swap else _density(module.weight),
+        mode=swap.mode if swap else None,
+        reason=reason,
+        gain=gain,
+        measured=measured,
+        activation=swap.activation if swap and swap.activation != "none" else None,
+    )
+
+
 def densify(model: nn.Module) -> None:
-    """Replace every `MaskedLinear` of a model, in place, by a Linear with the same weights.
+    """Replace every masked layer of a model, in place, by torch's own with the same weights.
+
+    Activations that `sparsify` fused are modules of their own again.
 
     Args:
-        model: any module; a model without MaskedLinear stays as it is.
+        model: any module; a model without masked layers stays as it is.
 
     Raises:
-        ValueError: the model is itself a MaskedLinear (use its `to_linear`).
+        ValueError: the model is itself a masked layer (use its `to_linear` or `to_conv`), or a
+            layer has an activation that is not `sparsify`'s doing.
         TypeError: not a module.
     """
     check_module(model)
-    if isinstance(model, MaskedLinear):
-        raise ValueError("expected a model that contains MaskedLinear, got one; use to_linear()")
-    _replace(model, lambda m: m.to_linear() if isinstance(m, MaskedLinear) else None)
+    if isinstance(model, MaskedLayer):
+        kind, use = type(model).__name__, _PLAIN[type(model)].__name__
+        raise ValueError(f"expected a model that contains {kind}, got one; use {use}()")
+    fused = fused_layers(model)
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLayer) and module.activation != "none" and module not in fused:
+            raise ValueError(
+                f"{name!r} computes {module.activation} itself, which torch's own layer cannot; "
+                f"use its {_PLAIN[type(module)].__name__}() and add the activation"
+            )
+    _replace(model, _plain)
+
+
+def _plain(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, FusedActivation):
+        return module.original
+    return _PLAIN[type(module)](module) if isinstance(module, MaskedLayer) else None
 
 
 def update_masks(
@@ -142,19 +251,19 @@ def update_masks(
     masks: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Change the masks of `MaskedLinear` layers, carrying weights and optimizer state over.
+    """Change the masks of masked layers, carrying weights and optimizer state over.
 
     Kept entries keep their weight, gradient and state (momentum, moments); pruned ones lose them;
     grown ones start at zero with zero state. Parameters stay the same objects.
 
     Args:
-        model: a model with MaskedLinear layers.
+        model: a model with MaskedLinear or MaskedConv2d layers.
         masks: name -> new bool mask, names as for `sparsify`. Layers not named keep theirs.
         optimizer: the optimizer that holds the layers' weights.
 
     Raises:
-        ValueError: an unknown name, a layer that is not a MaskedLinear, or a mask of another shape.
-            Nothing is changed then.
+        ValueError: an unknown name, a layer that is not masked, or a mask of another shape. Nothing
+            is changed then.
         TypeError: a mask that is not boolean, or arguments of other types.
     """
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
@@ -162,9 +271,9 @@ def update_masks(
     layers = []
     for name, mask in resolve(model, masks).items():
         layer = model.get_submodule(name)
-        if not isinstance(layer, MaskedLinear):
+        if not isinstance(layer, MaskedLayer):
             raise ValueError(
-                f"expected {name!r} to be a MaskedLinear, got {type(layer).__name__}; "
+                f"expected {name!r} to be a masked layer, got {type(layer).__name__}; "
                 "run nn.sparsify with its mask first"
             )
         _pattern(model, name, mask)
@@ -178,44 +287,13 @@ def update_masks(
                 state[key] = carry(value)
 
 
-def explain(module: nn.Module) -> str:
-    """What each masked layer of a module runs, and why.
-
-    Args:
-        module: a module, or a model that contains some.
-
-    Returns:
-        A table with one line per `MaskedLinear`.
-
-    Raises:
-        RuntimeError: a backend was forced that cannot run here.
-        TypeError: not a module.
-    """
-    check_module(module)
-    rows = [("layer", "shape", "density", "mode", "runs", "reason")]
-    for name, layer in module.named_modules():
-        if not isinstance(layer, MaskedLinear):
-            continue
-        pattern = layer.pattern
-        backend = _backend.select("masked_linear", pattern.device)
-        algorithm = choose("masked_linear", pattern, backend, 1).forward
-        side = "at most" if pattern.density <= PANEL_DENSITY else "above"
-        reason = f"density {side} {PANEL_DENSITY:.0%}"
-        if backend != "native":
-            reason = "only the native backend has a sparse kernel"
-        shape, density = " x ".join(map(str, pattern.shape)), f"{pattern.density:.2%}"
-        name = name or type(layer).__name__
-        rows.append((name, shape, density, layer.mode, f"{backend} {algorithm}", reason))
-    return _table(rows) if len(rows) > 1 else "no masked layer"
-
-
 def _pattern(model: nn.Module, name: str, mask: Tensor) -> SparsityPattern:
     """The pattern of a named mask, with errors that tell the name."""
     module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear | nn.Conv2d | MaskedLinear)
-    if not isinstance(module, MaskedLinear) and not _is_materialised(module.weight):
+    assert isinstance(module, nn.Linear | nn.Conv2d | MaskedLayer)
+    if not isinstance(module, MaskedLayer) and not _is_materialised(module.weight):
         raise ValueError(f"mask of {name!r}: expected a weight with data, got a lazy or meta one")
-    shape = module.pattern.shape if isinstance(module, MaskedLinear) else tuple(module.weight.shape)
+    shape = module.pattern.shape if isinstance(module, MaskedLayer) else tuple(module.weight.shape)
     try:
         pattern = SparsityPattern.from_mask(mask)
     except (TypeError, ValueError) as error:
@@ -225,22 +303,21 @@ def _pattern(model: nn.Module, name: str, mask: Tensor) -> SparsityPattern:
     return pattern
 
 
-def _decide(
+def _candidate(
     module: nn.Linear | nn.Conv2d,
     given: SparsityPattern | None,
     only_named: bool,
     users: Mapping[int, int],
 ) -> tuple[SparsityPattern | None, str]:
-    """The pattern to swap the layer to, or None, and the reason."""
+    """The pattern that the layer could be swapped to, or None, and the reason."""
     if only_named and given is None:
         return None, "no mask was given"
-    if isinstance(module, nn.Conv2d):
-        return None, "convolutions have no sparse kernel; a mask is not applied"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return None, f"its padding is {module.padding_mode}, not of zeros"
     pruned = {name.removesuffix("_mask") for name in module._buffers if name.endswith("_mask")}
-    hooks = len(module._forward_pre_hooks) - len(pruned) + len(module._forward_hooks)
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, nn.Conv2d):
         return None, f"{type(module).__name__} is a class of its own"
-    if hooks or module._backward_hooks or module._backward_pre_hooks or pruned - {"weight"}:
+    if has_hooks(module, pruned=len(pruned)) or pruned - {"weight"}:
         return None, "hooks or a pruned bias hang on it"
     weight = module.get_parameter("weight_orig" if pruned else "weight")
     if users[id(weight)] > 1:
@@ -250,11 +327,12 @@ def _decide(
     if pruned:
         mask = module.get_buffer("weight_mask") != 0
         return SparsityPattern.from_mask(mask), "mask of torch.nn.utils.prune"
-    if _density(weight) == 0:
+    density = _density(weight)
+    if density == 0:
         return None, "all of its weights are zero, as before training; give a mask to prune it"
-    if _density(weight) <= PANEL_DENSITY:
-        return SparsityPattern.from_mask(weight.detach() != 0), "existing zeros"
-    return None, f"more than {PANEL_DENSITY:.0%} of its weights are not zero"
+    if density == 1:
+        return None, "none of its weights is zero"
+    return SparsityPattern.from_mask(weight.detach() != 0), ZEROS
 
 
 def _is_materialised(weight: Tensor) -> bool:
@@ -283,9 +361,3 @@ def _replace(model: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> 
             replacement = made[child]
             if replacement is not None:
                 parent._modules[name] = replacement
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from tscnc_kernels._spectral import mask_of, structure_of
 from tscnc_kernels.nn._names import MASKABLE, check_module, resolve
-from tscnc_kernels.nn.masked_linear import MaskedLinear
+from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
+from tscnc_kernels.nn.masked_layer import MaskedLayer
 from tscnc_kernels.ops.conv_singular_values import conv_singular_values
 from tscnc_kernels.sparsity import SparsityPattern
 
 Operator = Literal["matrix", "circular", "zeros"]
 
+_CONVOLUTIONS = (nn.Conv2d, MaskedConv2d)
 _UNIT = 2.0**-53
 _ABSENT = "-"
 _HEADS = (
@@ -133,7 +135,7 @@ def spectral_report(
     operator: Operator = "matrix",
     example_input: Tensor | None = None,
 ) -> SpectralReport:
-    """Measure the spectrum of every Linear, Conv2d and MaskedLinear weight of a model.
+    """Measure the spectrum of every Linear and Conv2d weight of a model, masked or not.
 
     Exact, by float64 singular value decompositions: seconds for a layer of 2048 × 2048. For the
     ends alone, at every step, there is `extreme_singular_values`.
@@ -141,7 +143,7 @@ def spectral_report(
     Args:
         model: any module.
         masks: bool masks by parameter or module name, as for `sparsify`: what is measured is W∘M. A
-            layer that is not named has the mask of torch.nn.utils.prune, if any; a `MaskedLinear`
+            layer that is not named has the mask of torch.nn.utils.prune, if any; a masked layer
             has its own always.
         operator: "matrix" for the weights as matrices alone. "circular" or "zeros" adds a line on
             the operator of every Conv2d on images of the size that it sees, taken as if it padded
@@ -165,7 +167,7 @@ def spectral_report(
     named = {} if masks is None else resolve(model, masks)
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, MASKABLE)]
     sizes: dict[nn.Module, tuple[int, int]] = {}
-    if operator != "matrix" and any(isinstance(layer, nn.Conv2d) for _, layer in layers):
+    if operator != "matrix" and any(isinstance(layer, _CONVOLUTIONS) for _, layer in layers):
         if example_input is None:
             raise ValueError(f"expected an example_input for operator {operator!r}, got None")
         sizes = _image_sizes(model, example_input)
@@ -174,7 +176,7 @@ def spectral_report(
         weight, pattern = _weight(name, layer, named.get(name))
         matrix = _of_matrix(f"{name}.weight" if name else "weight", weight, pattern)
         spectra.append(matrix)
-        if isinstance(layer, nn.Conv2d) and layer in sizes:
+        if isinstance(layer, _CONVOLUTIONS) and layer in sizes:
             spectra.append(_of_convolution(matrix, layer, weight, sizes[layer], operator))
     return SpectralReport(tuple(spectra))
 
@@ -204,11 +206,11 @@ def _weight(
 ) -> tuple[Tensor, SparsityPattern | None]:
     """A layer's dense weight without what its mask prunes, and the mask's pattern."""
     label = f"{name}.weight" if name else "weight"
-    weight = layer.dense_weight if isinstance(layer, MaskedLinear) else layer.weight
+    weight = layer.dense_weight if isinstance(layer, MaskedLayer) else layer.weight
     assert isinstance(weight, Tensor)
     if nn.parameter.is_lazy(weight) or weight.is_meta:
         raise ValueError(f"expected the weight {label!r} to have data, got a lazy or meta one")
-    pattern = layer.pattern if isinstance(layer, MaskedLinear) else None
+    pattern = layer.pattern if isinstance(layer, MaskedLayer) else None
     own = layer._buffers.get("weight_mask")
     if mask is None and own is not None:
         mask = own != 0
@@ -257,13 +259,13 @@ def _of_matrix(name: str, weight: Tensor, pattern: SparsityPattern | None) -> La
 
 def _of_convolution(
     matrix: LayerSpectrum,
-    layer: nn.Conv2d,
+    layer: nn.Conv2d | MaskedConv2d,
     weight: Tensor,
     size: tuple[int, int],
     operator: Operator,
 ) -> LayerSpectrum:
     try:
-        if layer.dilation != (1, 1):
+        if tuple(layer.dilation) != (1, 1):
             raise ValueError(f"expected dilation 1, got {layer.dilation}")
         found = conv_singular_values(
             weight, size, "zeros" if operator == "zeros" else "circular", layer.stride, layer.groups
@@ -290,7 +292,8 @@ def _image_sizes(model: nn.Module, example_input: Tensor) -> dict[nn.Module, tup
     def record(module: nn.Module, inputs: Sequence[Tensor]) -> None:
         sizes[module] = (inputs[0].shape[-2], inputs[0].shape[-1])
 
-    hooks = [m.register_forward_pre_hook(record) for m in model.modules() if _is_conv(m)]
+    convolutions = [m for m in model.modules() if isinstance(m, _CONVOLUTIONS)]
+    hooks = [module.register_forward_pre_hook(record) for module in convolutions]
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -301,10 +304,6 @@ def _image_sizes(model: nn.Module, example_input: Tensor) -> dict[nn.Module, tup
         for module in training:
             module.training = True
     return sizes
-
-
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d)
 
 
 def _zeros(pointers: Tensor) -> int:

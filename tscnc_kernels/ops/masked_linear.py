@@ -11,8 +11,10 @@ at 0 is 0; gelu is the exact one, z Φ(z).
 
 Algorithms of the native backend: "panel" transposes groups of samples into panels and runs over
 the kept entries once per panel, in registers (csrc/cpu/panel.h); the forward product, dX with the
-transposed index and dW at the kept entries all work so. "dense" is torch's GEMM on W ∘ M. The
-other backends have only "dense".
+transposed index and dW at the kept entries all work so. "small_batch" does so for up to 16 samples
+and adds dX up row by row; "spmv" takes one sample at a time from a plain vector; "block" shares
+loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
+other backends have.
 
 Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with
 separate passes for dX and dW. Deviations: none in the formula; reductions are ordered, so that
@@ -28,9 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels._activation import ACTIVATIONS, activate, activation_gradient
+from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
 from tscnc_kernels._autocast import autocast_dtype, cast
-from tscnc_kernels._checks import check_floating
-from tscnc_kernels._masked_algorithms import ALGORITHMS, DENSE, SPARSE, Algorithms, choose
+from tscnc_kernels._autotune import DENSE
+from tscnc_kernels._checks import check_masked_operands, check_name
+from tscnc_kernels._masked_algorithms import ALGORITHMS, SPARSE, Call, Choice, choose
+from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
+from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -38,9 +45,6 @@ from tscnc_kernels.sparsity import SparsityPattern
 # Native first: benchmarks/results/*/masked_linear.csv.
 BACKENDS = ("native", "reference")
 _backend.register("masked_linear", BACKENDS)
-
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _check(
@@ -56,17 +60,7 @@ def _check(
         raise TypeError(f"expected pattern to be a SparsityPattern, got {type(pattern).__name__}")
     if len(pattern.shape) != 2:
         raise ValueError(f"expected a pattern of shape (N, K), got {pattern.shape}")
-    named = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, tensor in named.items():
-        check_floating(name, tensor)
-        if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"expected {name} of the input's dtype {input.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != pattern.device:
-            raise ValueError(
-                f"expected {name} on the pattern's device {pattern.device}, got {tensor.device}"
-            )
+    check_masked_operands(input, weight, bias, pattern)
     rows, width = pattern.shape
     if input.ndim == 0 or input.shape[-1] != width:
         raise ValueError(f"expected input of shape (..., {width}), got {tuple(input.shape)}")
@@ -77,63 +71,14 @@ def _check(
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"expected bias of shape ({rows},), got {tuple(bias.shape)}")
-    if activation not in tuple(ACTIVATIONS):
-        raise ValueError(
-            f"expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"expected algorithm to be None or one of {', '.join(ALGORITHMS)}, got {algorithm!r}"
-        )
+    check_name("activation", activation, ACTIVATIONS)
+    if algorithm is not None:
+        check_name("algorithm", algorithm, ALGORITHMS)
     if dense_grad and weight.ndim == 1:
         raise ValueError(
             f"dense_grad=True needs a dense weight of shape ({rows}, {width}), got values of shape "
             f"{tuple(weight.shape)}"
         )
-
-
-class _KeepGradient(torch.autograd.Function):
-    """W ∘ M whose gradient passes the mask unchanged."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return weight.where(mask, weight.new_zeros(()))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        pass
-
-    @staticmethod
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        return grad_output, None
-
-
-def _masked_weight(weight: Tensor, pattern: SparsityPattern, dense_grad: bool = False) -> Tensor:
-    """W ∘ M, zero off the mask even where W is not finite."""
-    if weight.ndim == 1:
-        return pattern.scatter(weight)
-    if dense_grad:
-        return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return,no-untyped-call]
-    return weight.where(pattern.mask, weight.new_zeros(()))
-
-
-def _activate(z: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return F.relu(z)
-    return F.gelu(z) if activation == "gelu" else z
-
-
-def _activation_gradient(grad_output: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """The gradient dY ∘ act'(Z). `saved` is Z; for relu Y serves as well."""
-    if activation == "relu":
-        return grad_output.masked_fill(saved <= 0, 0)
-    if activation == "gelu":
-        distribution = 0.5 * (1 + torch.erf(saved * 0.5**0.5))
-        density = torch.exp(-0.5 * saved * saved) * (2 * torch.pi) ** -0.5
-        return grad_output * (distribution + saved * density)
-    return grad_output
 
 
 def reference(
@@ -146,7 +91,7 @@ def reference(
     dense_grad: bool = False,
 ) -> Tensor:
     """Plain torch, differentiable to any order."""
-    return _activate(F.linear(input, _masked_weight(weight, pattern, dense_grad), bias), activation)
+    return activate(F.linear(input, masked_weight(weight, pattern, dense_grad), bias), activation)
 
 
 def reference_backward(
@@ -158,14 +103,18 @@ def reference_backward(
     activation: str = "none",
     dense_grad: bool = False,
     needs: Sequence[bool] = (True, True, True),
+    *,
+    held: bool = False,
 ) -> Gradients:
     """Gradients of `reference` for a 2-d input, themselves differentiable.
 
     `saved` is Z (B, N), needed only with an activation. `needs` tells which of the gradients of
-    input, weight and bias to compute; the others are None.
+    input, weight and bias to compute; the others are None. `held` promises that a dense weight is
+    zero off the mask.
     """
-    gradient = _activation_gradient(grad_output, saved, activation)
-    grad_input = gradient @ _masked_weight(weight, pattern, dense_grad) if needs[0] else None
+    gradient, grad_input = activation_gradient(grad_output, saved, activation), None
+    if needs[0]:
+        grad_input = gradient @ masked_weight(weight, pattern, dense_grad, held)
     grad_weight = gradient.t() @ input if needs[1] else None
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = pattern.gather(grad_weight)
@@ -206,11 +155,10 @@ for _name in ("masked_linear", "masked_linear_backward"):
 
 
 class _Options(NamedTuple):
-    shape: tuple[int, ...]
     activation: str
     dense_grad: bool
     assume_masked: bool
-    algorithms: Algorithms
+    algorithms: Choice
 
 
 def _forward(
@@ -223,15 +171,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
     save = save and options.activation == "gelu"
-    if options.algorithms.forward != DENSE:
-        index = pattern.row_pointers, pattern.columns
-        codes = ACTIVATIONS[options.activation], SPARSE[options.algorithms.forward]
-        return _native.masked_linear(  # type: ignore[no-any-return]
-            input, weight, bias, *index, *codes, save
-        )
-    held = options.assume_masked and weight.ndim == 2
-    z = F.linear(input, weight if held else _masked_weight(weight, pattern), bias)
-    return _activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
+
+    def product(algorithm: str) -> tuple[Tensor, Tensor]:
+        if algorithm != DENSE:
+            index = pattern.row_pointers, pattern.columns
+            codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
+            return _native.masked_linear(  # type: ignore[no-any-return]
+                input, weight, bias, *index, *codes, save
+            )
+        z = F.linear(input, masked_weight(weight, pattern, held=options.assume_masked), bias)
+        return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
+
+    return run_product(options.algorithms, product, (input, weight))
 
 
 def _backward(
@@ -244,67 +195,61 @@ def _backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """First derivatives; `saved` is Y for relu and Z for gelu."""
-    activation, dense_grad, algorithms = options.activation, options.dense_grad, options.algorithms
-    sparse_input = needs[0] and algorithms.grad_input != DENSE
-    sparse_weight = needs[1] and not dense_grad and algorithms.grad_weight != DENSE
-    sparse = sparse_input, sparse_weight, needs[2] and (sparse_input or sparse_weight)
-    found: list[Tensor | None] = [None, None, None]
-    if any(sparse):
-        codes = (
-            ACTIVATIONS[activation],
-            SPARSE.get(algorithms.grad_input, 0),
-            SPARSE.get(algorithms.grad_weight, 0),
+    tensors, activation = (grad_output, saved, input, weight), options.activation
+
+    def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
+        codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
+        return _native.masked_linear_backward(  # type: ignore[no-any-return]
+            *tensors, *pattern.tensors[1:], *codes, *wanted
         )
-        index = pattern.tensors[1:]
-        gradients = _native.masked_linear_backward(
-            grad_output, saved, input, weight, *index, *codes, *sparse
+
+    def dense(wanted: Sequence[bool]) -> Gradients:
+        return reference_backward(
+            *(*tensors, pattern, activation, options.dense_grad, wanted), held=options.assume_masked
         )
-        found = [g if wanted else None for g, wanted in zip(gradients, sparse, strict=True)]
-    dense = [need and not done for need, done in zip(needs, sparse, strict=True)]
-    if any(dense):
-        gradients = reference_backward(
-            grad_output, saved, input, weight, pattern, activation, dense_grad, dense
-        )
-        found = [f if g is None else g for f, g in zip(found, gradients, strict=True)]
-    return found[0], found[1], found[2]
+
+    return run_gradients(options.algorithms, sparse, dense, tensors, needs, options.dense_grad)
 
 
 class MaskedLinearFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, weight, bias, options, *index):  # type: ignore[no-untyped-def]
-        pattern = SparsityPattern(options.shape, *index)
+    def forward(input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
         return _forward(input, weight, bias, pattern, options, save=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        input, weight, bias, ctx.options, *index = inputs
+        input, weight, bias, ctx.options, ctx.pattern = inputs
         result, preactivation = output
         ctx.mark_non_differentiable(preactivation)
+        ctx.set_materialize_grads(False)
         saved = result if ctx.options.activation == "relu" else preactivation
-        ctx.save_for_backward(saved, input, weight, bias, *index)
+        ctx.save_for_backward(saved, input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
-        saved, input, weight, bias, *index = ctx.saved_tensors
-        options, needs = ctx.options, wanted_gradients(ctx, (input, weight, bias))
-        pattern = SparsityPattern(options.shape, *index)
+        if grad_output is None:
+            return None, None, None, None, None
+        saved, input, weight, bias = ctx.saved_tensors
+        options, pattern = ctx.options, ctx.pattern
+        needs = wanted_gradients(ctx, (input, weight, bias))
         if torch.is_grad_enabled():
             activation, dense_grad = options.activation, options.dense_grad
-            z = F.linear(input, _masked_weight(weight, pattern, dense_grad), bias)
+            z = F.linear(input, masked_weight(weight, pattern, dense_grad), bias)
             gradients = reference_backward(
                 grad_output, z, input, weight, pattern, activation, dense_grad, needs
             )
         else:
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
-        return *gradients, None, *(None for _ in index)
+        return *gradients, None, None
 
 
 # torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
 MaskedLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     MaskedLinearFunction.forward
 )
+_apply_eagerly = eager_apply(MaskedLinearFunction)
 
 
 def masked_linear(
@@ -334,8 +279,8 @@ def masked_linear(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "panel" (native, on the kept entries), "dense" (torch's GEMM on W ∘ M); None
-            chooses by density.
+        algorithm: "panel", "small_batch", "spmv", "block" (native, on the kept entries) or
+            "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
 
     Returns:
         (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
@@ -348,29 +293,51 @@ def masked_linear(
             SparsityPattern.
         RuntimeError: the backend or the algorithm cannot run here.
 
-    NaN: the panel algorithm does not read an input that no kept weight multiplies, so that NaN or
+    NaN: the sparse algorithms do not use an input that no kept weight multiplies, so that NaN or
     infinity there stays out of the result; a dense product would spread it.
 
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
     are cast as for F.linear.
 
-    Determinism: the panel algorithm gives the same bits every run and for any number of threads.
+    Determinism: a sparse algorithm gives the same bits every run and for any number of threads.
     """
     dtype = autocast_dtype(pattern.device) if isinstance(pattern, SparsityPattern) else None
     if dtype is not None:
         input, weight = cast(input, dtype), cast(weight, dtype)
         bias = None if bias is None else cast(bias, dtype)
     _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
-    chosen = _backend.select("masked_linear", input.device, backend)
-    flat = input if input.ndim == 2 else input.reshape(-1, pattern.shape[1])
-    algorithms = choose("masked_linear", pattern, chosen, flat.shape[0], algorithm)
-    options = _Options(pattern.shape, activation, dense_grad, assume_masked, algorithms)
+    return masked_linear_unchecked(
+        *(input, weight, pattern, bias, activation),
+        dense_grad=dense_grad,
+        assume_masked=assume_masked,
+        backend=backend,
+        algorithm=algorithm,
+    )
+
+
+def masked_linear_unchecked(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None,
+    activation: str,
+    *,
+    dense_grad: bool = False,
+    assume_masked: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> Tensor:
+    """`masked_linear` on arguments that its checks have passed, and without autocast."""
+    chosen = _backend.select("masked_linear", pattern.device, backend)
+    flat = input if input.dim() == 2 else input.reshape(-1, pattern.shape[1])
     bias = None if bias is None else bias.contiguous()
-    tensors = [flat, weight] if bias is None else [flat, weight, bias]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        output, _ = MaskedLinearFunction.apply(  # type: ignore[no-untyped-call]
-            flat, weight, bias, options, *pattern.tensors
-        )
-    else:
+    eager = is_eager()
+    call = Call.of(flat, weight, assume_masked) if eager else None
+    algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
+    options = _Options(activation, dense_grad, assume_masked, algorithms)
+    if not wants_gradient(flat, weight, bias):
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    return output if input.ndim == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
+    else:
+        apply = _apply_eagerly if eager else MaskedLinearFunction.apply
+        output, _ = apply(flat, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
+    return output if input.dim() == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tscnc_kernels.nn import FusedActivation
+
 
 def is_prunable(module: nn.Module) -> bool:
     """Whether the module itself, not only one inside it, is a prunable layer."""
@@ -95,6 +97,8 @@ def plain_copy(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if _is_masked(child):
                 setattr(module, name, plain.setdefault(child, _plain_layer(child)))
+            elif isinstance(child, FusedActivation):
+                setattr(module, name, child.original)
     return copied
 
 

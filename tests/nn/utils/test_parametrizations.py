@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations as torchs
 from tests.op_suite import check_close
 from tests.spectra import gaussian
 from tscnc_kernels import SparsityPattern
-from tscnc_kernels.nn import MaskedLinear
+from tscnc_kernels.nn import MaskedConv2d, MaskedLinear
 from tscnc_kernels.nn.utils.parametrizations import spectral_norm
 
 
@@ -103,6 +103,14 @@ def test_pruned_weights_stay_pruned_through_training(mode):
         assert torch.equal(original != 0, mask)
     with pytest.raises(ValueError, match="computed weight"):
         layer.set_mask(~mask)
+
+
+def test_masked_convolutions_work_too():
+    mask = gaussian(4, 18, 4).reshape(4, 2, 3, 3) > 0.5
+    layer = spectral_norm(MaskedConv2d.from_conv(nn.Conv2d(2, 4, 3), mask, mode="values"))
+    assert norm(layer.dense_weight) == pytest.approx(1, rel=1e-5)
+    layer(torch.ones(1, 2, 5, 5)).square().sum().backward()
+    assert layer.parametrizations.weight.original.grad.shape == (int(mask.sum()),)
 
 
 def test_pattern_is_applied_to_any_module():

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tscnc_kernels.nn.masked_linear import MaskedLinear
+from tscnc_kernels.nn.masked_layer import MaskedLayer
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.sparsity import SparsityPattern
 
@@ -36,7 +36,7 @@ def spectral_norm(
         dim: the dimension that counts the outputs; by default 1 for transposed convolutions, else
             0.
         pattern: the entries to keep, of the weight's shape; W is W∘M. By default that of a
-            `MaskedLinear`, whose mask then cannot be changed, and none for other modules.
+            masked layer, whose mask then cannot be changed, and none for other modules.
 
     Returns:
         The module. Its `parametrizations.<name>.original` holds the parameter, and a buffer the
@@ -60,7 +60,7 @@ def spectral_norm(
         raise ValueError(f"expected n_power_iterations >= 1, got {n_power_iterations}")
     if nn.parameter.is_lazy(weight) or weight.is_meta:
         raise ValueError(f"expected {name!r} to have data, got a lazy or meta parameter")
-    if pattern is None and isinstance(module, MaskedLinear) and name == "weight":
+    if pattern is None and isinstance(module, MaskedLayer) and name == "weight":
         pattern = module.pattern
     if dim is None:
         dim = 1 if isinstance(module, _TRANSPOSED) else 0

@@ -1,0 +1,87 @@
+"""Which algorithm computes each product of a masked convolution."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tscnc_kernels._autotune import DENSE
+from tscnc_kernels._build import C
+from tscnc_kernels._conv_geometry import ConvGeometry, is_channels_last
+from tscnc_kernels._masked_algorithms import (
+    FAMILIES,
+    Algorithms,
+    Call,
+    Choice,
+    check_forced,
+    plan_for,
+    predict,
+)
+from tscnc_kernels.sparsity import SparsityPattern
+
+# Algorithms of the native backend on the kept entries, and their codes in csrc/masked_conv2d.cpp.
+SPARSE = FAMILIES["masked_conv2d"].sparse
+ALGORITHMS = (*SPARSE, DENSE)
+# Above this density torch's convolution is expected to win over a training step.
+SPARSE_DENSITY = 0.45
+
+
+def conv_call(input: Tensor, weight: Tensor, geometry: ConvGeometry, held: bool) -> Call:
+    """What the time of a convolution of images (B, C, H, W) depends on, beside the pattern."""
+    images, _, height, width = input.shape
+    pixels = images * math.prod(geometry.output_size(height, width))
+    layout = "channels_last" if is_channels_last(input) else "rows"
+    detail = f"{images}x{height}x{width}:{','.join(map(str, geometry.numbers))}"
+    return Call(pixels, weight.dim() == 1, held, input.dtype, layout, detail)
+
+
+def choose(
+    pattern: SparsityPattern,
+    geometry: ConvGeometry,
+    backend: str,
+    input_shape: Sequence[int],
+    call: Call | None,
+    forced: str | None = None,
+) -> Choice:
+    """What masked_conv2d runs: the algorithm asked for, else the fastest one measured or predicted.
+
+    Where the call cannot be known, as under compilation (None), the rule is a sparse one where the
+    native backend runs, the density is at most `SPARSE_DENSITY` and the convolution is not
+    depthwise: "batch" if images fill the lanes of vectors, else "plane".
+
+    Raises:
+        RuntimeError: a sparse algorithm was asked for on a backend without it.
+    """
+    op, depthwise = "masked_conv2d", pattern.shape[1] == 1 and geometry.groups > 1
+    if call is not None and not depthwise:
+        fills = _fills_lanes(input_shape[0])
+        return plan_for(op, pattern, backend, call, forced, functools.partial(_predict, fills))
+    check_forced(op, pattern, backend, forced)
+    if forced is not None:
+        return Algorithms(forced, forced, forced)
+    if backend != "native" or depthwise or pattern.density > SPARSE_DENSITY:
+        return Algorithms(DENSE, DENSE, DENSE)
+    name = "batch" if _fills_lanes(input_shape[0]) else "plane"
+    return Algorithms(name, name, name)
+
+
+def _predict(
+    fills: bool, op: str, shape: Sequence[int], nnz: int, call: Call, direction: str, _: None
+) -> dict[str, float]:
+    """As `predict`; "batch" wastes what images do not fill of its vectors."""
+    times = predict(op, shape, nnz, call, direction)
+    times["plane" if fills else "batch"] *= 1.3
+    return times
+
+
+def _fills_lanes(images: int) -> bool:
+    lanes = _lanes()
+    return images >= 0.75 * ((images + lanes - 1) // lanes) * lanes
+
+
+@torch.compiler.assume_constant_result
+def _lanes() -> int:
+    """float32 elements of the kernels' vectors."""
+    return {"portable": 4, "avx2": 8}.get(C.active_isa(), 16)

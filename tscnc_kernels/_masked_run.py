@@ -1,0 +1,60 @@
+"""The products of a masked layer, each by the algorithm chosen for it."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from tscnc_kernels._autotune import DENSE
+from tscnc_kernels._masked_algorithms import Choice
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Product = Callable[[str], tuple[Tensor, Tensor]]
+Sparse = Callable[[str, str, Sequence[bool]], Sequence[Tensor]]
+Dense = Callable[[Sequence[bool]], Gradients]
+
+
+def run_product(
+    choice: Choice, product: Product, tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`product(algorithm)` of the forward pass, for the algorithm that `choice` picks."""
+    return product(choice.pick("forward", product, tensors))
+
+
+def run_gradients(
+    choice: Choice,
+    sparse: Sparse,
+    dense: Dense,
+    tensors: Sequence[Tensor],
+    needs: Sequence[bool],
+    dense_grad: bool,
+) -> Gradients:
+    """The gradients of input, weight and bias, None where they are not needed.
+
+    Args:
+        choice: picks the algorithms of the first two; the bias's comes with the weight's.
+        sparse: (algorithm of the input's, of the weight's, which ones) -> gradients.
+        dense: which ones -> gradients.
+        tensors: what these compute on.
+        needs: which gradients are needed.
+        dense_grad: the weight's is needed off the mask too, hence dense.
+    """
+
+    def gradients(for_input: str, for_weight: str, needs: Sequence[bool]) -> Gradients:
+        sparse_weight = for_weight != DENSE
+        by = needs[0] and for_input != DENSE, needs[1] and sparse_weight, needs[2] and sparse_weight
+        found: Sequence[Tensor | None] = (None, None, None)
+        if True in by:
+            found = sparse(for_input, for_weight, by)
+        left = [need and not done for need, done in zip(needs, by, strict=True)]
+        rest = dense(left) if True in left else (None, None, None)
+        merged = [f if done else r for f, r, done in zip(found, rest, by, strict=True)]
+        return merged[0], merged[1], merged[2]
+
+    for_input = for_weight = DENSE
+    if needs[0]:
+        alone = True, False, False
+        for_input = choice.pick("grad_input", lambda a: gradients(a, DENSE, alone), tensors)
+    if needs[1] and not dense_grad:
+        both = False, True, needs[2]
+        for_weight = choice.pick("grad_weight", lambda a: gradients(DENSE, a, both), tensors)
+    return gradients(for_input, for_weight, needs)
