@@ -264,6 +264,18 @@ def test_same_bits_twice_compiled_and_under_autocast(padding):
     torch.testing.assert_close(compiled(kernel, 6, padding).sigma_min, first.sigma_min)
 
 
+def test_vmap_of_grad_is_the_gradient_of_each():
+    batch = torch.stack([kernel_of(2, 2, 3, 3, seed=seed) for seed in range(3)])
+
+    def largest(kernel):
+        return conv_singular_values(kernel, 4).sigma_max
+
+    mapped = torch.func.vmap(torch.func.grad(largest))(batch)
+    for kernel, gradient in zip(batch, mapped, strict=True):
+        leaf = kernel.clone().requires_grad_()
+        check_close(gradient, torch.autograd.grad(largest(leaf), leaf)[0], 1e-9, "gradient")
+
+
 KERNEL = torch.ones(4, 2, 3, 3)
 
 

@@ -76,6 +76,22 @@ def test_warm_start_moves_in_training_only_and_is_saved():
     check_close(fresh.weight, layer.weight, 1e-6, "weight")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_module_may_be_cast(dtype):
+    layer = spectral_norm(linear()).to(dtype)
+    assert layer.weight.dtype == dtype
+    assert norm(layer.weight) == pytest.approx(1, rel=1e-2)
+
+
+def test_compiles_to_one_graph_and_copies():
+    layer = spectral_norm(linear())
+    x = gaussian(3, 9, 1)
+    expected = layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    check_close(compiled(x), expected, 1e-5, "value")
+
+
 def test_two_forwards_before_a_backward():
     layer = spectral_norm(linear())
     x = gaussian(3, 9, 1)

@@ -97,7 +97,8 @@ class SpectralNorm(nn.Module):
         """The weight over its spectral norm, in the weight's own form."""
         dense = self._dense(weight)
         patterns = self._patterns(weight.device)
-        found = extreme_singular_values([self._matrix(dense)], patterns, self.state)
+        # `module.half()` casts buffers too: a coarser start, no more.
+        found = extreme_singular_values([self._matrix(dense)], patterns, self.state.double())
         if self.training:
             with torch.no_grad():
                 # A step that overflowed must not spoil the ones after it.
