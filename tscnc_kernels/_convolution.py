@@ -61,7 +61,7 @@ def phases(frequencies: Tensor, taps: Pair, grid: Pair) -> Tensor:
 
 
 def symbols(kernels: Tensor, waves: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and negative imaginary parts of D, (…, F, O, I), for (…, O, I, kh, kw) kernels.
+    """Real and imaginary parts of D's conjugate, (…, F, O, I), for (…, O, I, kh, kw) kernels.
 
     The leading dimensions of the waves (2, …, F, T) broadcast with those of the kernels.
     """
@@ -71,14 +71,21 @@ def symbols(kernels: Tensor, waves: Tensor) -> tuple[Tensor, Tensor]:
     return real.unflatten(-1, channels), imaginary.unflatten(-1, channels)
 
 
-def gram(block: Tensor) -> Tensor:
-    """Gram matrices of the small side of complex blocks."""
-    return block @ block.mH if block.shape[-2] <= block.shape[-1] else block.mH @ block
+def gram(real: Tensor, imaginary: Tensor) -> Tensor:
+    """Complex Gram matrices of the small side of blocks, in three real products."""
+    if real.shape[-2] <= real.shape[-1]:
+        real, imaginary = real.mT, imaginary.mT
+        sign = -1
+    else:
+        sign = 1
+    both = torch.cat([real, imaginary], dim=-2)
+    crossed = real.mT @ imaginary
+    return torch.complex(both.mT @ both, sign * (crossed - crossed.mT))
 
 
-def extreme_squares(block: Tensor) -> tuple[Tensor, Tensor]:
+def extreme_squares(real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
     """Largest and smallest σ² of complex blocks; the latter to float64's rounding of the former."""
-    small = gram(block)
+    small = gram(real, imaginary)
     if small.shape[-1] == 1:
         only = small[..., 0, 0].real
         return only, only
@@ -134,7 +141,7 @@ def kernel_gram_bound(kernels: Tensor, steps: int) -> Tensor:
         block = block / divisor[:, None, None, None, None]
         lost = lost / divisor
         charge = COMPLEX * (max(block.shape[-2:]) + 8) * UNIT
-        block = gram(block)
+        block = gram(block.real, block.imag)
         lost = 2 * lost + lost.square() + charge
         scales.append(_largest_norm(block))
     last = torch.fft.irfft2(block.permute(0, 3, 4, 1, 2), s=grid)

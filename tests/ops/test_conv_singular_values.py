@@ -152,9 +152,9 @@ def test_warm_start_looks_at_few_frequencies(monkeypatch):
     counts = []
     whole = _convolution.extreme_squares
 
-    def counted(block):
-        counts.append(block.shape[:-2].numel())
-        return whole(block)
+    def counted(real, imaginary):
+        counts.append(real.shape[:-2].numel())
+        return whole(real, imaginary)
 
     monkeypatch.setattr("tscnc_kernels.ops.conv_singular_values.extreme_squares", counted)
     conv_singular_values(kernel, 32)

@@ -52,8 +52,8 @@ Padding = Literal["circular", "zeros"]
 
 # Zero-padded operators of at most so many entries, and so small a side, are written out.
 _DENSE_ENTRIES, _DENSE_SIDE = 1 << 21, 1024
-# Bytes of symbols computed at a time.
-_CHUNK = 64 << 20
+# Bytes of symbols computed at a time: what the caches hold, which is faster than all at once.
+_CHUNK = 4 << 20
 # Frequencies that may be smallest after the screening, and those tried first on a warm start.
 _CANDIDATES, _FIRST = 4, 8
 # A frequency that cannot change the result by more than this is left out on a warm start.
@@ -154,8 +154,7 @@ def _screen_all(blocks: _Symbols) -> tuple[Tensor, Tensor]:
     """Flat (G · F,) largest and smallest singular values of all blocks."""
     found = []
     for waves in blocks.waves.split(blocks.chunk(blocks.shape[0]), dim=1):
-        real, imaginary = symbols(blocks.kernels, waves[:, None])
-        found.append(torch.stack(extreme_squares(torch.complex(real, imaginary))))
+        found.append(torch.stack(extreme_squares(*symbols(blocks.kernels, waves[:, None]))))
     largest, smallest = _signed_root(torch.cat(found, dim=2)).flatten(1)
     return largest, smallest
 
@@ -165,7 +164,7 @@ def _screen(blocks: _Symbols, places: Tensor) -> Tensor:
     found = []
     for some in places.split(blocks.chunk(blocks.kernels[0, 0, 0].numel())):
         real, imaginary = blocks.at(some)
-        found.append(torch.stack(extreme_squares(torch.complex(real, imaginary)[:, 0])))
+        found.append(torch.stack(extreme_squares(real[:, 0], imaginary[:, 0])))
     return _signed_root(torch.cat(found, dim=1)) if found else places.new_empty(2, 0).double()
 
 
@@ -258,7 +257,7 @@ def _certify(blocks: _Symbols, ends: Bounds, largest: Tensor, smallest: Tensor) 
     below = [smallest for _ in slacks]
     trace = torch.zeros_like(largest)
     for waves in blocks.waves.split(blocks.chunk(blocks.shape[0]), dim=1):
-        small = gram(torch.complex(*symbols(blocks.kernels, waves[:, None])))
+        small = gram(*symbols(blocks.kernels, waves[:, None]))
         squares = small.diagonal(dim1=-2, dim2=-1).real.sum(dim=-1)
         trace = torch.maximum(trace, squares.amax())
         charge = (out + inner + 32) * unit * squares

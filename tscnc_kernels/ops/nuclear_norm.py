@@ -92,7 +92,8 @@ def nuclear_norm(
 
     Args:
         matrices: list of (rows, cols) tensors of any shapes, float32, float64, bfloat16 or float16,
-            on one device. An (out, in, …) convolution kernel counts as (out, in·…).
+            on one device. An (out, in, …) convolution kernel counts as the matrix (out, in·…), not
+            as the operator of `conv_singular_values`.
         patterns: one SparsityPattern or None per matrix: the norm is that of W∘M.
 
     Returns:

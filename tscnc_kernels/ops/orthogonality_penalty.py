@@ -64,7 +64,8 @@ def orthogonality_penalty(
 
     Args:
         matrices: list of L (rows, cols) tensors of any shapes, float32, float64, bfloat16 or
-            float16, on one device. An (out, in, …) convolution kernel counts as (out, in·…).
+            float16, on one device. An (out, in, …) convolution kernel counts as the matrix (out,
+            in·…), not as the operator of `conv_singular_values`.
         patterns: one SparsityPattern or None per matrix: the penalty is that of W∘M.
         state: warm start of "srip", the `state` of an `extreme_singular_values` call on the same
             list (convolutions flattened); "so" ignores it.
