@@ -146,6 +146,13 @@ def test_warm_start_is_as_exact_as_a_cold_one(step):
         found = warm
 
 
+def test_warm_start_of_nan_finds_all():
+    kernel = kernel_of(3, 3, 3, 3)
+    cold = conv_singular_values(kernel, 12)
+    warm = conv_singular_values(kernel, 12, state=cold.state * math.nan)
+    assert warm.sigma_max == cold.sigma_max and warm.sigma_min == cold.sigma_min
+
+
 def test_warm_start_looks_at_few_frequencies(monkeypatch):
     kernel = kernel_of(4, 4, 3, 3)
     state = conv_singular_values(kernel, 32).state
@@ -156,7 +163,7 @@ def test_warm_start_looks_at_few_frequencies(monkeypatch):
         counts.append(real.shape[:-2].numel())
         return whole(real, imaginary)
 
-    monkeypatch.setattr("tscnc_kernels.ops.conv_singular_values.extreme_squares", counted)
+    monkeypatch.setattr("tscnc_kernels._symbol_search.extreme_squares", counted)
     conv_singular_values(kernel, 32)
     cold = sum(counts)
     counts.clear()

@@ -31,20 +31,23 @@ from torch.nn import functional
 
 from tscnc_kernels._checks import check_floating
 from tscnc_kernels._convolution import (
-    COMPLEX,
-    UNIT,
     Pair,
     bound_steps,
-    extreme_squares,
-    gram,
     half_spectrum,
     kernel_gram_bound,
     phases,
     real_form,
     split,
-    symbols,
 )
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT, REFACTORED, SHIFTED, Bounds
+from tscnc_kernels._symbol_search import (
+    Symbols,
+    certify_symbols,
+    extreme_places,
+    intervals,
+    screen_all,
+    screen_warm,
+)
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.gram_iteration import round_up
 
@@ -52,12 +55,6 @@ Padding = Literal["circular", "zeros"]
 
 # Zero-padded operators of at most so many entries, and so small a side, are written out.
 _DENSE_ENTRIES, _DENSE_SIDE = 1 << 21, 1024
-# Bytes of symbols computed at a time: what the caches hold, which is faster than all at once.
-_CHUNK = 4 << 20
-# Frequencies that may be smallest after the screening, and those tried first on a warm start.
-_CANDIDATES, _FIRST = 4, 8
-# A frequency that cannot change the result by more than this is left out on a warm start.
-_WARM_ERROR = 1e-5
 # Beyond this ratio the screening may take one frequency for another.
 _RESOLVED = 1e-7
 
@@ -70,27 +67,6 @@ class ConvSingularValues(NamedTuple):
     flags: Tensor
     state: Tensor
     bounds: Bounds | None
-
-
-class _Symbols(NamedTuple):
-    """The kernels (G, O, I, kh, kw) of stride 1 and the waves (2, F, T) of the half spectrum."""
-
-    kernels: Tensor
-    waves: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.kernels.shape[0], self.waves.shape[1]
-
-    def at(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks (k, 1, O, I) at (k,) flat places among groups × frequencies."""
-        group, frequency = places // self.shape[1], places % self.shape[1]
-        waves = self.waves.index_select(1, frequency)[:, :, None, :]
-        return symbols(self.kernels.index_select(0, group), waves)
-
-    def chunk(self, entries: int) -> int:
-        out, inner = self.kernels.shape[1:3]
-        return max(1, _CHUNK // (16 * entries * out * inner))
 
 
 def _check(
@@ -146,52 +122,6 @@ def _check_state(state: Tensor, length: int | tuple[int, ...], device: torch.dev
         )
 
 
-def _signed_root(square: Tensor) -> Tensor:
-    return square.sign() * square.abs().sqrt()
-
-
-def _screen_all(blocks: _Symbols) -> tuple[Tensor, Tensor]:
-    """Flat (G · F,) largest and smallest singular values of all blocks."""
-    found = []
-    for waves in blocks.waves.split(blocks.chunk(blocks.shape[0]), dim=1):
-        found.append(torch.stack(extreme_squares(*symbols(blocks.kernels, waves[:, None]))))
-    largest, smallest = _signed_root(torch.cat(found, dim=2)).flatten(1)
-    return largest, smallest
-
-
-def _screen(blocks: _Symbols, places: Tensor) -> Tensor:
-    """(2, k) largest and smallest singular values of the blocks at these places."""
-    found = []
-    for some in places.split(blocks.chunk(blocks.kernels[0, 0, 0].numel())):
-        real, imaginary = blocks.at(some)
-        found.append(torch.stack(extreme_squares(real[:, 0], imaginary[:, 0])))
-    return _signed_root(torch.cat(found, dim=1)) if found else places.new_empty(2, 0).double()
-
-
-def _screen_warm(blocks: _Symbols, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The bounds, exact where they matter, and which of them are exact."""
-    known = torch.zeros_like(upper, dtype=torch.bool)
-    count = min(_FIRST, upper.numel())
-    places = torch.cat([upper.topk(count).indices, lower.topk(count, largest=False).indices])
-    for _ in range(2):
-        exact = _screen(blocks, places)
-        upper, lower = upper.scatter(0, places, exact[0]), lower.scatter(0, places, exact[1])
-        known = known.scatter(0, places, True)
-        best = torch.where(known, upper, -torch.inf).amax()
-        least = torch.where(known, lower, torch.inf).amin()
-        open_ = (upper > best * (1 + _WARM_ERROR)) | (lower < least * (1 - _WARM_ERROR))
-        places = (open_ & ~known).nonzero().flatten()
-    return upper, lower, known
-
-
-def _extreme_places(blocks: _Symbols, upper: Tensor, lower: Tensor) -> Tensor:
-    """(2,) places of the largest and the smallest singular value."""
-    candidates = lower.topk(min(_CANDIDATES, lower.numel()), largest=False).indices
-    real, imaginary = blocks.at(candidates)
-    values = torch.linalg.svdvals(torch.complex(real, imaginary)[:, 0])[:, -1]
-    return torch.stack([upper.argmax(), candidates.index_select(0, values.argmin()[None])[0]])
-
-
 def _circular(
     kernel: Tensor, image: Pair, stride: Pair, groups: int, state: Tensor | None, certify: bool
 ) -> ConvSingularValues:
@@ -201,30 +131,30 @@ def _circular(
     kernel = kernel / size
     kernels = split(kernel, groups, stride)
     frequencies = half_spectrum(grid, kernel.device)
-    blocks = _Symbols(kernels, phases(frequencies, (kernels.shape[3], kernels.shape[4]), grid))
-    still = _Symbols(kernels.detach(), blocks.waves)
+    blocks = Symbols(kernels, phases(frequencies, (kernels.shape[3], kernels.shape[4]), grid))
+    still = Symbols(kernels.detach(), blocks.waves)
     places = blocks.shape[0] * blocks.shape[1]
     if state is not None:
         _check_state(state, 2 * places + kernel.numel(), kernel.device)
     known = None
     if state is None or certify:
-        upper, lower = _screen_all(still)
+        upper, lower = screen_all(still)
     else:
         old = state.detach() / size
         step = split(kernel.detach() - old[2 * places :].reshape(kernel.shape), groups, stride)
         moved = kernel_gram_bound(step, 2).repeat_interleave(blocks.shape[1])
         high, low = old[: 2 * places].chunk(2)
-        upper, lower, known = _screen_warm(still, high + moved, low - moved)
+        upper, lower, known = screen_warm(still, high + moved, low - moved)
     high = upper if known is None else torch.where(known, upper, -torch.inf)
     low = lower if known is None else torch.where(known, lower, torch.inf)
-    real, imaginary = blocks.at(_extreme_places(still, high, low))
+    real, imaginary = blocks.at(extreme_places(still, high, low))
     found = extreme_singular_values([*real_form(real, imaginary)[:, 0]], certify=certify)
     largest, smallest = found.sigma_max[0], found.sigma_min[1]
     unsure = (smallest > 0) & (smallest < _RESOLVED * largest)
     flags = _any_flag(found.flags) | torch.where(unsure, CAP_REACHED, 0)
     bounds = None
     if found.bounds is not None:
-        certified = _certify(still, found.bounds, largest.detach(), smallest.detach())
+        certified = certify_symbols(still, found.bounds, largest.detach(), smallest.detach())
         bounds = certified._replace(
             sigma_max=certified.sigma_max * size, sigma_min=certified.sigma_min * size
         )
@@ -236,54 +166,6 @@ def _any_flag(flags: Tensor) -> Tensor:
     """The bits that any of (L,) flags has."""
     bits = flags.new_tensor([RANK_DEFICIENT, SHIFTED, CAP_REACHED, REFACTORED])
     return (flags[:, None] & bits).amax(dim=0).sum()
-
-
-def _intervals(largest: Tensor, smallest: Tensor) -> Bounds:
-    ratio = largest / smallest.flip(0)
-    return Bounds(largest, smallest, torch.where(ratio.isnan(), torch.inf, ratio).clamp(min=1))
-
-
-def _certify(blocks: _Symbols, ends: Bounds, largest: Tensor, smallest: Tensor) -> Bounds:
-    """Intervals by Cholesky factorisations of every block, with rounding charged."""
-    out, inner, *taps = blocks.kernels.shape[1:]
-    n, unit = min(out, inner), COMPLEX * UNIT
-    norms = torch.linalg.vector_norm(blocks.kernels, dim=(1, 2)).flatten(1).sum(dim=1).amax()
-    # What the symbols have lost: their waves are good to 16 units.
-    off = 2 * (taps[0] * taps[1] + 20) * UNIT * norms
-    eye = torch.eye(n, dtype=torch.complex128, device=blocks.waves.device)
-    above = [largest * (1 + slack) for slack in (1e-1, 1e-2, 1e-4, 1e-6)]
-    slacks = (900.0, 30.0, 1.0)
-    holds_above, holds_below = [largest > 0 for _ in above], [smallest > 0 for _ in slacks]
-    below = [smallest for _ in slacks]
-    trace = torch.zeros_like(largest)
-    for waves in blocks.waves.split(blocks.chunk(blocks.shape[0]), dim=1):
-        small = gram(*symbols(blocks.kernels, waves[:, None]))
-        squares = small.diagonal(dim1=-2, dim2=-1).real.sum(dim=-1)
-        trace = torch.maximum(trace, squares.amax())
-        charge = (out + inner + 32) * unit * squares
-        for index, trial in enumerate(above):
-            spent = charge + (n + 32) * n * unit * trial**2
-            proven = _positive((trial**2 - spent)[..., None, None] * eye - small)
-            holds_above[index] = holds_above[index] & proven
-        for index, slack in enumerate(slacks):
-            least = torch.maximum(2 * charge.amax(), 2e-6 * smallest**2)
-            square = (smallest**2 - slack * least).clamp(min=0)
-            below[index] = torch.minimum(below[index], square.sqrt())
-            proven = _positive(small - (square + charge)[..., None, None] * eye)
-            holds_below[index] = holds_below[index] & (square > 0) & proven
-    upper, lower = trace.sqrt() * 1.01, torch.zeros_like(largest)
-    for trial, holds in zip(above, holds_above, strict=True):
-        upper = torch.where(holds, torch.minimum(trial, upper), upper)
-    for value, holds in zip(below, holds_below, strict=True):
-        lower = torch.where(holds, torch.maximum(value, lower), lower)
-    high = torch.stack([(ends.sigma_max[0, 0] - off).clamp(min=0), upper + off])
-    low = torch.stack([(lower - off).clamp(min=0), ends.sigma_min[1, 1] + off])
-    outward = high.new_tensor([1 - 8 * UNIT, 1 + 8 * UNIT])
-    return _intervals(high * outward, low * outward)
-
-
-def _positive(matrices: Tensor) -> Tensor:
-    return (torch.linalg.cholesky_ex(matrices).info == 0).all()
 
 
 def _written_out(kernel: Tensor, image: Pair, stride: Pair, groups: int) -> list[Tensor]:
@@ -315,7 +197,7 @@ def _zeros(
         bounds = None
         if found.bounds is not None:
             largest, smallest = found.bounds.sigma_max.amax(0), found.bounds.sigma_min.amin(0)
-            bounds = _intervals(largest, smallest)
+            bounds = intervals(largest, smallest)
         ends = found.sigma_max.amax(), found.sigma_min.amin()
         return ConvSingularValues(*ends, _any_flag(found.flags), found.state, bounds)
     if state is not None:
@@ -325,7 +207,7 @@ def _zeros(
     bounds = None
     if certify:
         interval = torch.stack([torch.zeros_like(bound), bound]).detach()
-        bounds = _intervals(interval, interval)
+        bounds = intervals(interval, interval)
     flags = torch.full((), CAP_REACHED, dtype=torch.int64, device=kernel.device)
     unknown = torch.full_like(bound.detach(), torch.nan)
     return ConvSingularValues(bound, unknown, flags, kernel.new_empty(0), bounds)

@@ -12,7 +12,7 @@ no logarithm and cannot overflow.
 
 Rounding: everything is computed in float64, and what the products lose, at most k u ‖A_t‖_F² for a
 sum of k terms, is added under each root; the result is rounded up to the weight's precision. So the
-value is at least σ_1 of the weight as stored, and above the exact B_T by about k r u. The same
+value is at least σ_1 of the weight as stored, and above the exact B_T by less than about k r u. The same
 iteration in float32 would have to be charged several percent for a 512 × 4608 weight.
 
 Source: Delattre, Barthélemy, Araujo, Allauzen, arXiv 2305.16173 (the iteration and its gradient);
