@@ -210,6 +210,16 @@ def test_large_zero_padded_operators_are_bounded_from_above():
     assert torch.autograd.grad(found.sigma_max, kernel)[0].isfinite().all()
 
 
+@pytest.mark.parametrize(("shape", "size", "stride", "groups"), ZEROS.values(), ids=ZEROS)
+def test_kernel_gram_bound_holds_with_strides_and_groups(shape, size, stride, groups):
+    for seed in range(5):
+        kernel = kernel_of(*shape, seed=seed)
+        step = stride if isinstance(stride, tuple) else (stride, stride)
+        bounds = _convolution.kernel_gram_bound(_convolution.split(kernel, groups, step), 4)
+        exact = ends(operator(kernel, size, "zeros", stride, groups))[0]
+        assert bounds.shape == (groups,) and bounds.amax() >= exact
+
+
 def test_the_bound_takes_the_smaller_channel_side():
     kernel = kernel_of(2, 9, 3, 3)
     adjoint = kernel.transpose(0, 1).flip(2, 3)

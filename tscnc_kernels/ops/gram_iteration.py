@@ -12,8 +12,8 @@ no logarithm and cannot overflow.
 
 Rounding: everything is computed in float64, and what the products lose, at most k u ‖A_t‖_F² for a
 sum of k terms, is added under each root; the result is rounded up to the weight's precision. So the
-value is at least σ_1 of the weight as stored, and above the exact B_T by less than about k r u. The same
-iteration in float32 would have to be charged several percent for a 512 × 4608 weight.
+value is at least σ_1 of the weight as stored, and above the exact B_T by a relative k r u at most
+(m = 4608, n = 512: 3e-10). In float32 a Gaussian weight of that shape would be charged 4 %.
 
 Source: Delattre, Barthélemy, Araujo, Allauzen, arXiv 2305.16173 (the iteration and its gradient);
 the order of the Schatten norm and the charges are worked out here.
