@@ -18,16 +18,16 @@ inline Activation activation_of(int64_t code) {
   return static_cast<Activation>(code);
 }
 
-inline void check_matrix(const torch::stable::Tensor& tensor, int64_t rows, int64_t width, torch::headeronly::ScalarType dtype,
-                  const char* name) {
+inline void check_matrix(const torch::stable::Tensor& tensor, int64_t rows, int64_t width,
+                         torch::headeronly::ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2 && tensor.size(0) == rows &&
                       tensor.size(1) == width && tensor.scalar_type() == dtype,
                   kMaskedLinear, ": expected ", name, " to be a ", rows, " x ", width,
                   " CPU matrix of the input's dtype");
 }
 
-inline void check_operands(const torch::stable::Tensor& input, const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias,
-                    int64_t rows) {
+inline void check_operands(const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
+                           const std::optional<torch::stable::Tensor>& bias, int64_t rows) {
   const torch::headeronly::ScalarType dtype = input.scalar_type();
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == dtype, kMaskedLinear,
                   ": weight and input differ in dtype or device");

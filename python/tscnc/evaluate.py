@@ -166,18 +166,16 @@ def _layers(
     spectra_before: Mapping[str, Tensor],
 ) -> list[dict[str, Any]]:
     """Returns one record per prunable layer, in the model's order."""
-    after = spectrum.singular_values(model)
     layers = []
     for name, layer in spectrum.layer_spectra(model, masks).items():
         before = spectra_before.get(name)
         layers.append(
             {
-                "name": name,
-                **dataclasses.asdict(layer),
+                **vars(layer),
                 "effective_density": densities[name]["effective_density"],
                 "kappa_full": layer.kappa_full,
                 "kappa_structural": layer.kappa_structural,
-                "singular_values": _six_digits(after[name]),
+                "singular_values": _six_digits(layer.singular_values),
                 "singular_values_before": None if before is None else _six_digits(before),
             }
         )

@@ -1,5 +1,6 @@
 """Modules on the ops, and the calls that swap a user's own model over."""
 
+from tscnc_kernels.nn import utils
 from tscnc_kernels.nn._fuse import FusedActivation
 from tscnc_kernels.nn.batch_norm_relu import (
     BatchNormReLU,
@@ -16,18 +17,23 @@ from tscnc_kernels.nn.sparsify import (
     sparsify,
     update_masks,
 )
+from tscnc_kernels.nn.spectral_report import LayerSpectrum, SpectralReport, spectral_report
 
 __all__ = [
     "BatchNormReLU",
     "FusedActivation",
     "LayerReport",
+    "LayerSpectrum",
     "MaskedConv2d",
     "MaskedLinear",
     "SparsifyReport",
+    "SpectralReport",
     "densify",
     "explain",
     "fuse_batch_norm_relu",
     "sparsify",
+    "spectral_report",
     "split_batch_norm_relu",
     "update_masks",
+    "utils",
 ]

@@ -121,8 +121,10 @@ class MaskedLayer(nn.Module):
 
         Raises:
             TypeError: the mask is not boolean.
-            ValueError: another shape.
+            ValueError: another shape, or a weight that a parametrization computes.
         """
+        if "weight" not in self._parameters:
+            raise ValueError("expected the weight to be a Parameter, got a computed weight")
         pattern, mapping = self._pattern.update(mask)
         dropped = ~(self._pattern.mask & pattern.mask)
 

@@ -132,11 +132,13 @@ class MaskedLinear(MaskedLayer):
         if torch.compiler.is_exporting() or torch._C._get_tracing_state():
             return activate(F.linear(input, self.dense_weight, self.bias), self.activation)
         parameters = self._parameters
-        weight, bias, pattern = parameters["weight"], parameters["bias"], self._pattern
+        # What a parametrization computes is no longer among the parameters.
+        weight, bias, pattern = parameters.get("weight"), parameters.get("bias"), self._pattern
         # The constructor has checked the rest; every microsecond counts for a small layer.
         usual = (
             type(input) is Tensor
             and type(weight) is nn.Parameter
+            and "bias" in parameters
             and input.dtype == weight.dtype
             and input.dim() > 0
             and input.shape[-1] == pattern.shape[1]
@@ -144,7 +146,7 @@ class MaskedLinear(MaskedLayer):
             and not torch.is_autocast_enabled(input.device.type)
         )
         return (masked_linear_unchecked if usual else masked_linear)(
-            *(input, self.weight, pattern, bias, self.activation),
+            *(input, self.weight, pattern, bias if usual else self.bias, self.activation),
             dense_grad=self.dense_grad,
             assume_masked=not self.dense_grad,
         )

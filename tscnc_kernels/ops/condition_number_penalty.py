@@ -145,7 +145,8 @@ def condition_number_penalty(
 
     Args:
         matrices: list of L (rows, cols) tensors of any shapes, float32, float64, bfloat16 or
-            float16, on one device. An (out, in, …) convolution kernel counts as (out, in·…).
+            float16, on one device. An (out, in, …) convolution kernel counts as the matrix (out,
+            in·…), not as the operator of `conv_singular_values`.
         patterns: one SparsityPattern or None per matrix: the penalty is that of W∘M without dead
             rows and columns. A matrix that is pruned whole adds 0.
         state: warm start for the forms that need singular values, the `state` of an
