@@ -187,23 +187,23 @@ def choose(
     check_forced(op, pattern, backend, forced)
     if forced is not None or backend != "native":
         return Algorithms(*[forced or DENSE] * 3)
-    names = [_below(pattern.density, ranges) for ranges in _ranges(op)]
-    if not pattern.is_blocked:
-        # A graph would build that index on every call.
-        names = ["panel" if name == "blocked" else name for name in names]
-    return Algorithms(*names)
+    # A graph would build the index of "blocked" anew on every call.
+    ranges = _ranges(op, "" if pattern.is_blocked else "blocked")
+    return Algorithms(*(_below(pattern.density, limits) for limits in ranges))
 
 
 @torch.compiler.assume_constant_result
-def _ranges(op: str) -> list[list[tuple[float, str]]]:
-    """Per direction, up to which density each algorithm is the fastest of a usual call."""
+def _ranges(op: str, without: str) -> list[list[tuple[float, str]]]:
+    """Per direction, up to which density each algorithm but one is the fastest of a usual call."""
     shape = FAMILIES[op].usual
     found = []
     for direction in DIRECTIONS:
         ranges: list[tuple[float, str]] = []
         for step in range(1, 201):
             nnz = round(step / 200 * math.prod(shape))
-            name = _autotune.fastest(predict(op, shape, nnz, usual_call(shape), direction))
+            times = predict(op, shape, nnz, usual_call(shape), direction)
+            times.pop(without, None)
+            name = _autotune.fastest(times)
             if ranges and ranges[-1][1] == name:
                 ranges.pop()
             ranges.append((step / 200, name))

@@ -135,16 +135,6 @@ void add_block_gradients(const uint8_t* counts, int64_t rows, const uint8_t* col
 }
 
 template <class T, int kVecs>
-void add_bias_gradient(const Compute<T>* tile, int64_t rows, Compute<T>* bias_gradient) {
-  using C = Compute<T>;
-  for (int64_t row = 0; row < rows; ++row, tile += kVecs * kLanes<T>) {
-    Vec<C> sum = load(tile);
-    for (int v = 1; v < kVecs; ++v) sum += load(tile + v * kLanes<T>);
-    bias_gradient[row] += sum_lanes<C>(sum);
-  }
-}
-
-template <class T, int kVecs>
 void weight_gradient_tile(const BlockedWeightGradient<T>& call, int64_t tile, int64_t sample,
                           int64_t count, const Compute<T>* panel, Compute<T>* held,
                           Waiting<Compute<T>>* waiting) {
@@ -153,7 +143,7 @@ void weight_gradient_tile(const BlockedWeightGradient<T>& call, int64_t tile, in
   const int64_t row = tile * kBlockedTileRows, rows = index.tile_rows(tile);
   pack<T, kVecs>(call.gradient, sample, count, row, row + rows, held);
   if (call.bias_gradient != nullptr) {
-    add_bias_gradient<T, kVecs>(held, rows, call.bias_gradient + row);
+    add_row_sums<Compute<T>, kVecs>(held, rows, call.bias_gradient + row);
   }
   if (call.values_gradient == nullptr) return;
   for (int64_t block = 0; block < index.blocks(); ++block) {

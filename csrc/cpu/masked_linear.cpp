@@ -106,18 +106,14 @@ void masked_linear_weight_gradient(const MaskedWeightGradient<T>& call, int64_t 
       for (int64_t first = begin; first < end; first += kTileRows) {
         const int64_t last = end - first < kTileRows ? end : first + kTileRows;
         pack<T, kVecs>(call.gradient, sample, count, first, last, tile);
-        for (int64_t row = first; row < last; ++row) {
-          const C* held = tile + (row - first) * kWidth;
+        if (call.bias_gradient != nullptr) {
+          add_row_sums<C, kVecs>(tile, last - first, call.bias_gradient + first);
+        }
+        for (int64_t row = first; products && row < last; ++row) {
           const int32_t start = pointers[row];
-          if (products) {
-            row_inner_products<C, kVecs>(held, call.structure.columns + start,
-                                         pointers[row + 1] - start, panel,
-                                         call.values_gradient + start);
-          }
-          if (call.bias_gradient == nullptr) continue;
-          Vec<C> sum = load(held);
-          for (int v = 1; v < kVecs; ++v) sum += load(held + v * kLanes<T>);
-          call.bias_gradient[row] += sum_lanes<C>(sum);
+          row_inner_products<C, kVecs>(tile + (row - first) * kWidth,
+                                       call.structure.columns + start, pointers[row + 1] - start,
+                                       panel, call.values_gradient + start);
         }
       }
     });

@@ -142,13 +142,18 @@ inline void pack_square(const Samples<T>& source, int64_t sample, int64_t presen
     }
     return;
   }
-  Vec<C> rows[kW];
   if (present == kW && left == kW) {
+    Vec<C> rows[kW];  // stays in registers: every loop over it is of constant length
+#pragma GCC unroll 16
     for (int i = 0; i < kW; ++i) rows[i] = load_features(source, sample + i, feature, kW);
-  } else {
-    for (int i = 0; i < kW; ++i) {
-      rows[i] = i < present ? load_features(source, sample + i, feature, left) : Vec<C>{};
-    }
+    transpose<C>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < kW; ++i) store(target + i * kWidth, rows[i]);
+    return;
+  }
+  Vec<C> rows[kW];
+  for (int i = 0; i < kW; ++i) {
+    rows[i] = i < present ? load_features(source, sample + i, feature, left) : Vec<C>{};
   }
   transpose<C>(rows);
   for (int i = 0; i < left; ++i) store(target + i * kWidth, rows[i]);
@@ -184,6 +189,15 @@ void unpack(const Compute<T>* tile, int64_t rows, int64_t count, T* output, int6
     const int64_t present = count - lane < kW ? count - lane : kW;
     for (int64_t row = 0; row < rows; row += kW) {
       const int64_t left = rows - row < kW ? rows - row : kW;
+      if (present == kW && left == kW) {
+        Vec<C> block[kW];
+#pragma GCC unroll 16
+        for (int i = 0; i < kW; ++i) block[i] = load(tile + (row + i) * kWidth + lane);
+        transpose<C>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < kW; ++i) store(output + (lane + i) * stride + row, block[i]);
+        continue;
+      }
       Vec<C> block[kW] = {};
       for (int i = 0; i < left; ++i) block[i] = load(tile + (row + i) * kWidth + lane);
       transpose<C>(block);
@@ -260,8 +274,25 @@ inline void row_inner_products(const C* gradient, const int32_t* columns, int64_
   if (j == count) return;
   Vec<C> part[kW] = {};
   for (int i = 0; i < count - j; ++i) part[i] = product(columns[j + i]);
-  const Vec<C> sum = sum_each<C>(part);
-  store_partial(result + j, load_partial(result + j, count - j) + sum, count - j);
+  C sums[kW];
+  store(sums, sum_each<C>(part));
+  for (int i = 0; i < count - j; ++i) result[j + i] += sums[i];
+}
+
+// result[r] += the sum of the lanes of row r of a tile.
+template <class C, int kVecs>
+void add_row_sums(const C* tile, int64_t rows, C* result) {
+  constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
+  const auto lanes = [&](int64_t row) {
+    Vec<C> sum = load(tile + row * kWidth);
+    for (int v = 1; v < kVecs; ++v) sum += load(tile + row * kWidth + v * kW);
+    return sum;
+  };
+  int64_t row = 0;
+  for (; row + kW <= rows; row += kW) {
+    store(result + row, load(result + row) + sum_each_of<C>([&](int i) { return lanes(row + i); }));
+  }
+  for (; row < rows; ++row) result[row] += sum_lanes<C>(lanes(row));
 }
 
 }  // namespace tscnc::TSCNC_ISA
