@@ -159,6 +159,16 @@ inline void pack_square(const Samples<T>& source, int64_t sample, int64_t presen
   for (int i = 0; i < left; ++i) store(target + i * kWidth, rows[i]);
 }
 
+// The short pieces of many rows that a transposition reads or writes are beyond the hardware's
+// prefetching.
+template <class T, int kCount, int kWrite = 0>
+inline void fetch_ahead(const T* data) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; i += 64 / static_cast<int>(sizeof(T))) {
+    __builtin_prefetch(data + i, kWrite);
+  }
+}
+
 // Features [begin, end) of `count` samples from `sample` on; lanes without a sample are zero.
 template <class T, int kVecs>
 void pack(const Samples<T>& source, int64_t sample, int64_t count, int64_t begin, int64_t end,
@@ -169,6 +179,11 @@ void pack(const Samples<T>& source, int64_t sample, int64_t count, int64_t begin
   constexpr int kRun = 4 * kW;
   for (int64_t run = begin; run < end; run += kRun) {
     const int64_t stop = end - run < kRun ? end : run + kRun;
+    if (source.feature_stride == 1 && stop < end) {
+      for (int64_t i = 0; i < count && i < kWidth; ++i) {
+        fetch_ahead<T, kRun>(source.data + (sample + i) * source.sample_stride + stop);
+      }
+    }
     for (int lane = 0; lane < kWidth; lane += kW) {
       const int64_t present = count - lane < kW ? (count > lane ? count - lane : 0) : kW;
       for (int64_t feature = run; feature < stop; feature += kW) {
