@@ -15,7 +15,9 @@ namespace tscnc {
 inline bool same_columns(const SparseRows& structure, int64_t row, int64_t other) {
   const int32_t* pointers = structure.pointers;
   const int64_t count = pointers[row + 1] - pointers[row];
-  return pointers[other + 1] - pointers[other] == count &&
+  if (pointers[other + 1] - pointers[other] != count) return false;
+  // Without any entry there may be no columns to point to.
+  return count == 0 ||
          std::memcmp(structure.columns + pointers[row], structure.columns + pointers[other],
                      static_cast<size_t>(count) * sizeof(int32_t)) == 0;
 }
