@@ -159,9 +159,7 @@ def _sparsified(model: nn.Module, masks: Masks) -> nn.Module:
 
 def _ours(model: nn.Module, masks: Masks, images: Tensor) -> nn.Module:
     _sparsified(model, masks)
-    fuse = getattr(masked_nn, "fuse_batch_norm_relu", None)
-    if fuse is not None:
-        fuse(model)
+    masked_nn.fuse_batch_norm_relu(model)
     return model
 
 

@@ -47,7 +47,7 @@ from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
 
-# Native first: benchmarks/results/*/masked_linear.csv, which has the same kernels' inner loops.
+# Native first: benchmarks/results/*/masked_conv2d.csv.
 BACKENDS = ("native", "reference")
 _backend.register("masked_conv2d", BACKENDS)
 
