@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "dtype_dispatch.h"
+#include "masked_linear_backward_run.h"
 #include "masked_linear_block_run.h"
 #include "masked_linear_blocked.h"
 #include "masked_linear_checks.h"
@@ -200,6 +201,36 @@ struct Structure {
   const int32_t* permutation;
 };
 
+// Row-major values in the order of the transposed index.
+template <class T>
+Tensor in_columns_order(const Tensor& values, const Structure& structure) {
+  const Tensor ordered = torch::stable::empty_like(values);
+  const auto* source = data<Working<T>>(values);
+  auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
+  const SparseRows& transposed = structure.transposed;
+  for_rows(transposed, [&](int64_t row) {
+    for (int64_t j = transposed.pointers[row]; j < transposed.pointers[row + 1]; ++j) {
+      target[j] = source[structure.permutation[j]];
+    }
+  });
+  return ordered;
+}
+
+// Its inverse.
+template <class T>
+Tensor in_rows_order(const Tensor& values, const Structure& structure) {
+  const Tensor ordered = torch::stable::empty_like(values);
+  const auto* source = data<Working<T>>(values);
+  auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
+  const SparseRows& transposed = structure.transposed;
+  for_rows(transposed, [&](int64_t row) {
+    for (int64_t j = transposed.pointers[row]; j < transposed.pointers[row + 1]; ++j) {
+      target[structure.permutation[j]] = source[j];
+    }
+  });
+  return ordered;
+}
+
 template <class T>
 Tensor input_gradient(const Structure& structure, const Tensor& weight, const Samples<T>& gradient,
                       Algorithm algorithm, const Tensor& like) {
@@ -211,22 +242,23 @@ Tensor input_gradient(const Structure& structure, const Tensor& weight, const Sa
                                 structure.transposed);
     return result;
   }
-  Tensor ordered = torch::stable::empty_like(values);
-  const auto* source = data<Working<T>>(values);
-  auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
+  const Tensor ordered = in_columns_order<T>(values, structure);
   const SparseRows& transposed = structure.transposed;
-  for_rows(transposed, [&](int64_t row) {
-    for (int64_t j = transposed.pointers[row]; j < transposed.pointers[row + 1]; ++j) {
-      target[j] = source[structure.permutation[j]];
-    }
-  });
   Tensor result = torch::stable::new_empty(like, {gradient.count, transposed.rows});
-  const MaskedProduct<T> call = {transposed,       target,
+  const MaskedProduct<T> call = {transposed,       data<Working<T>>(ordered),
                                  gradient,         nullptr,
                                  Activation::none, static_cast<T*>(result.mutable_data_ptr()),
                                  nullptr,          1};
   algorithm == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
   return result;
+}
+
+// Row-major values of the weight's dtype, or a dense matrix where the weight is one.
+template <class T>
+Tensor in_form_of(const Tensor& weight, const Tensor& values, const SparseRows& structure,
+                  bool needed) {
+  const Tensor converted = in_dtype(values, weight.scalar_type());
+  return needed && weight.dim() == 2 ? scattered<T>(converted, structure) : converted;
 }
 
 template <class T>
@@ -245,14 +277,31 @@ std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Te
       needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
       needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr};
   small ? run_small_weight_gradient<T>(call) : run_weight_gradient<T>(call);
-  values = in_dtype(values, input.scalar_type());
-  bias = in_dtype(bias, input.scalar_type());
-  const bool dense = needs_weight && weight.dim() == 2;
-  return {dense ? scattered<T>(values, structure) : values, bias};
+  values = in_form_of<T>(weight, values, structure, needs_weight);
+  return {values, in_dtype(bias, input.scalar_type())};
+}
+
+// Both gradients by panels in one pass, and that of the bias.
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> all_gradients(const Structure& structure, const Tensor& weight,
+                                                 const Samples<T>& gradient, const Tensor& input,
+                                                 bool needs_bias) {
+  constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
+  const Tensor values = in_columns_order<T>(kept_values<T>(weight, structure.rows), structure);
+  const Tensor found = torch::stable::new_zeros(values, {values.numel()});
+  Tensor bias = torch::stable::new_zeros(input, {needs_bias ? structure.rows.rows : 0}, working);
+  Tensor result = torch::stable::new_empty(input, {gradient.count, structure.rows.width});
+  run_backward<T>({structure.transposed, data<Working<T>>(values), samples<T>(input), gradient,
+                   static_cast<T*>(result.mutable_data_ptr()),
+                   static_cast<Working<T>*>(found.mutable_data_ptr()),
+                   needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr});
+  return {result, in_form_of<T>(weight, in_rows_order<T>(found, structure), structure.rows, true),
+          in_dtype(bias, input.scalar_type())};
 }
 
 // `saved` is the output for relu and the preactivation for gelu. A gradient that is not needed
-// comes back empty. The needed directions are all blocked or none is.
+// comes back empty. The needed directions are all blocked or none is; two by panels are computed in
+// one pass.
 std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
     Tensor grad_output, Tensor saved, Tensor input, Tensor weight, Tensor row_pointers,
     Tensor columns, Tensor column_pointers, Tensor column_rows, Tensor permutation,
@@ -296,11 +345,18 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
     check_matrix(saved, count, rows.rows, dtype, "saved");
     STD_TORCH_CHECK(saved.is_contiguous(), kOp, ": expected saved to be contiguous");
   }
+  const bool together = needs_input && needs_weight && count > 0 &&
+                        input_chosen == Algorithm::panel && weight_chosen == Algorithm::panel;
   Tensor grad_input = torch::stable::new_empty(input, {0});
   Tensor grad_weight = grad_input, grad_bias = grad_input;
   dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Samples<T> gradient = samples<T>(grad_output, scaled ? data<T>(saved) : nullptr, act);
+    if (together) {
+      std::tie(grad_input, grad_weight, grad_bias) =
+          all_gradients<T>({rows, transposed, order}, weight, gradient, input, needs_bias);
+      return;
+    }
     if (needs_input) {
       grad_input =
           input_gradient<T>({rows, transposed, order}, weight, gradient, input_chosen, input);
