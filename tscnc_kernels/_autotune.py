@@ -190,7 +190,7 @@ def decide(
         return Decision(next(iter(predicted)), predicted, {}, "nothing else runs here")
     if not is_on():
         return Decision(fastest(predicted), predicted, {}, "predicted, autotuning is off")
-    if predicted.get(DENSE, WORTH) < WORTH:
+    if predicted.get(DENSE, max(predicted.values())) < WORTH:
         return Decision(fastest(predicted), predicted, {}, "predicted, too short to measure")
     key = f"{key}/{'+'.join(sorted(predicted))}"
     with state.lock:

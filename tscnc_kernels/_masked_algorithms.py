@@ -13,6 +13,8 @@ from tscnc_kernels._build import C
 from tscnc_kernels.sparsity import SparsityPattern
 
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
+# The decision between one pass for both gradients, by the algorithm of that name, and a pass each.
+BACKWARD, SEPARATE = "backward", "separate"
 
 
 class Cost(NamedTuple):
@@ -25,6 +27,7 @@ class Cost(NamedTuple):
         call: per call.
         batches: the smallest and the largest batch that it runs on.
         grid: per entry of the dense weight, and sample.
+        both: as `product`, of both gradients in one pass; 0 where it makes one for each.
     """
 
     product: float
@@ -33,6 +36,7 @@ class Cost(NamedTuple):
     call: float
     batches: tuple[int, int] = (0, 1 << 62)
     grid: float = 0.0
+    both: float = 0.0
 
 
 class Family(NamedTuple):
@@ -53,7 +57,7 @@ FAMILIES = {
     "masked_linear": Family(
         {"panel": 0, "blocked": 1, "small_batch": 2, "spmv": 3, "block": 4},
         {
-            "panel": Cost(0.058, 0.6, 0.6, 6e3),
+            "panel": Cost(0.058, 0.6, 0.6, 6e3, both=0.088),
             "blocked": Cost(0.036, 0.6, 1.5, 8e3, (17, 1 << 62), 0.0008),
             "small_batch": Cost(0.02, 0.6, 0.7, 6e3, (2, 16)),
             "spmv": Cost(0.0, 0.6, 0.75, 6e3, (1, 1)),
@@ -88,6 +92,8 @@ class Algorithms(NamedTuple):
 
     def pick(self, direction: str, compute: Compute, tensors: Sequence[Tensor]) -> str:
         """As `Plan.pick`, where everything is decided."""
+        if direction == BACKWARD:
+            return self.grad_input if self.grad_input == self.grad_weight else SEPARATE
         return self[DIRECTIONS.index(direction)]
 
 
@@ -132,9 +138,11 @@ def predict(
 ) -> dict[str, float]:
     """Seconds of each algorithm that can compute a direction natively on nnz kept entries.
 
-    Of one thread, so that the choice, and with it the bits, are the same for any number of them.
+    For "backward", of each that computes both gradients in one pass, and of "separate" passes. Of one thread, so that the choice, and with it the bits, are the same for any number of them.
     `blocks` is the pattern's block_shape.
     """
+    if direction == BACKWARD:
+        return _predict_backward(op, shape, nnz, call, blocks)
     size, elements = math.prod(shape), call.batch * (shape[0] + shape[1])
     seconds = {}
     for name, cost in FAMILIES[op].costs.items():
@@ -151,6 +159,26 @@ def predict(
             work += PICK * nnz + (FILL * size if direction == "grad_weight" else 0)
         seconds[name] = 1e-9 * (work * call.dtype.itemsize / 4 + cost.call)
     return seconds
+
+
+def _predict_backward(
+    op: str, shape: Sequence[int], nnz: int, call: Call, blocks: tuple[int, int] | None
+) -> dict[str, float]:
+    each = [predict(op, shape, nnz, call, direction, blocks) for direction in DIRECTIONS[1:]]
+    seconds = {SEPARATE: sum(min(times.values()) for times in each)}
+    for name, cost in FAMILIES[op].costs.items():
+        if cost.both and cost.batches[0] <= call.batch <= cost.batches[1]:
+            saved = 2 * cost.product - cost.both
+            entries, elements = nnz * call.batch, call.batch * (shape[0] + shape[1])
+            work = 1e-9 * (saved * entries + cost.sample / 2 * elements) * call.dtype.itemsize / 4
+            seconds[name] = sum(times[name] for times in each) - work
+    return seconds
+
+
+def predict_step(op: str, shape: Sequence[int], nnz: int, call: Call) -> float:
+    """Seconds of the forward product and both gradients, each by the fastest way."""
+    ways = "forward", BACKWARD
+    return sum(min(predict(op, shape, nnz, call, way).values()) for way in ways)
 
 
 def _uses_blocks(direction: str, blocks: tuple[int, int] | None) -> bool:
@@ -189,7 +217,8 @@ def choose(
         return Algorithms(*[forced or DENSE] * 3)
     # A graph would build the index of "blocked" anew on every call.
     ranges = _ranges(op, "" if pattern.is_blocked else "blocked")
-    return Algorithms(*(_below(pattern.density, limits) for limits in ranges))
+    forward, *gradients, both = (_below(pattern.density, limits) for limits in ranges)
+    return Algorithms(forward, *(gradients if both == SEPARATE else [both, both]))
 
 
 @torch.compiler.assume_constant_result
@@ -197,7 +226,7 @@ def _ranges(op: str, without: str) -> list[list[tuple[float, str]]]:
     """Per direction, up to which density each algorithm but one is the fastest of a usual call."""
     shape = FAMILIES[op].usual
     found = []
-    for direction in DIRECTIONS:
+    for direction in (*DIRECTIONS, BACKWARD):
         ranges: list[tuple[float, str]] = []
         for step in range(1, 201):
             nnz = round(step / 200 * math.prod(shape))

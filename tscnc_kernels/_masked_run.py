@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from tscnc_kernels._autotune import DENSE
-from tscnc_kernels._masked_algorithms import Choice
+from tscnc_kernels._masked_algorithms import BACKWARD, SEPARATE, Choice
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Product = Callable[[str], tuple[Tensor, Tensor]]
@@ -31,7 +31,8 @@ def run_gradients(
     """The gradients of input, weight and bias, None where they are not needed.
 
     Args:
-        choice: picks the algorithms of the first two; the bias's comes with the weight's.
+        choice: picks the algorithms of the first two, or one that computes both in one pass; the
+            bias's comes with the weight's.
         sparse: (algorithm of the input's, of the weight's, which ones) -> gradients.
         dense: which ones -> gradients.
         tensors: what these compute on.
@@ -50,11 +51,20 @@ def run_gradients(
         merged = [f if done else r for f, r, done in zip(found, rest, by, strict=True)]
         return merged[0], merged[1], merged[2]
 
-    for_input = for_weight = DENSE
-    if needs[0]:
-        alone = True, False, False
-        for_input = choice.pick("grad_input", lambda a: gradients(a, DENSE, alone), tensors)
-    if needs[1] and not dense_grad:
-        both = False, True, needs[2]
-        for_weight = choice.pick("grad_weight", lambda a: gradients(DENSE, a, both), tensors)
-    return gradients(for_input, for_weight, needs)
+    def separate() -> tuple[str, str]:
+        for_input = for_weight = DENSE
+        if needs[0]:
+            alone = True, False, False
+            for_input = choice.pick("grad_input", lambda a: gradients(a, DENSE, alone), tensors)
+        if needs[1] and not dense_grad:
+            both = False, True, needs[2]
+            for_weight = choice.pick("grad_weight", lambda a: gradients(DENSE, a, both), tensors)
+        return for_input, for_weight
+
+    def together(name: str) -> Gradients:
+        return gradients(*(separate() if name == SEPARATE else (name, name)), needs)
+
+    name = SEPARATE
+    if needs[0] and needs[1] and not dense_grad:
+        name = choice.pick(BACKWARD, together, tensors)
+    return together(name)

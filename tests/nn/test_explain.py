@@ -24,22 +24,33 @@ def test_before_any_call_everything_is_predicted():
     assert tuple(lines[0].split()) == header
     assert lines[1].startswith("0: 256 x 512, ") and "kept, values" in lines[1]
     assert "batch 128, float32" in lines[2]
-    for line, product in zip(lines[1:4], ("forward", "grad_input", "grad_weight"), strict=True):
+    for line, product in zip(lines[1:3], ("forward", "both gradients"), strict=True):
         assert product in line and " panel " in line and line.count(" ms") == 2
         assert line.endswith("predicted, autotuning is off")
-    assert len(lines) == 4
+    assert len(lines) == 3
 
 
-def test_after_a_call_measured_times_are_shown(tuner, monkeypatch):
-    times = {"dense": 4e-3, "panel": 1e-3}
-    monkeypatch.setattr(_autotune, "measure", lambda *_: times)
+@pytest.mark.parametrize(
+    ("separate", "products"),
+    [(3e-3, ["forward", "both gradients"]), (0.5e-3, ["forward", "grad_input", "grad_weight"])],
+)
+def test_after_a_call_measured_times_are_shown(separate, products, tuner, monkeypatch):
+    def measure(names, compute, clock):
+        for name in names:
+            compute(name)
+        times = {"dense": 4e-3, "panel": 1e-3, "separate": separate}
+        return {name: times[name] for name in names}
+
+    monkeypatch.setattr(_autotune, "measure", measure)
     model = network()
     input = torch.randn(32, 512, requires_grad=True)
     model(input).sum().backward()
     lines = explain(model).splitlines()
     assert "batch 32" in lines[2]
-    for line in lines[1:4]:
-        assert "  1 ms  " in line and "  4 ms  " in line and line.endswith("measured")
+    for line, product in zip(lines[1:], products, strict=True):
+        dense = "8 ms" if product == "both gradients" else "4 ms"
+        assert product in line and "  1 ms  " in line and f"  {dense}  " in line
+        assert line.endswith("measured")
 
 
 def test_what_would_make_it_faster_is_said():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tscnc_kernels import _autotune
 from tscnc_kernels._autotune import DENSE
-from tscnc_kernels._masked_algorithms import DIRECTIONS, Call, predict, usual_call
+from tscnc_kernels._masked_algorithms import DIRECTIONS, Call, predict, predict_step, usual_call
 
 # A swap has to pay for the trouble: as much as dense is given in every decision.
 WORTHWHILE = _autotune.HYSTERESIS
@@ -21,8 +21,7 @@ def predicted_gain(
     call = usual_call(shape, values)
     call = call if batch is None else call._replace(batch=batch)
     plain = predict_plain(op, shape, call)
-    masked = [predict(op, shape, nnz, call, direction) for direction in DIRECTIONS]
-    return plain / sum(min(times.values()) for times in masked)
+    return plain / predict_step(op, shape, nnz, call)
 
 
 def predict_plain(op: str, shape: Sequence[int], call: Call) -> float:

@@ -1,5 +1,6 @@
 """What the masked layers of a model run, what it costs, and what would make it faster."""
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -7,11 +8,13 @@ from torch import nn
 from tscnc_kernels import _backend
 from tscnc_kernels._autotune import DENSE, Decision, Plan
 from tscnc_kernels._masked_algorithms import (
+    BACKWARD,
     DIRECTIONS,
+    SEPARATE,
     Call,
     plan_for,
     plans_of,
-    predict,
+    predict_step,
     usual_call,
 )
 from tscnc_kernels.nn._gain import break_even
@@ -70,12 +73,11 @@ def _rows(name: str, layer: MaskedLayer, plan: Plan) -> list[tuple[str, ...]]:
         "",
     ]
     rows = []
-    for line, direction in zip(title, DIRECTIONS, strict=True):
-        found = plan.preview(direction)
+    for line, (product, found) in zip(title, products(plan), strict=False):
         known = found.measured or found.predicted
         times = found.predicted.get(found.algorithm), found.measured.get(found.algorithm)
         shown = [milliseconds(seconds) for seconds in (*times, known.get(DENSE))]
-        rows.append((line, direction, found.algorithm, *shown, found.reason))
+        rows.append((line, product, found.algorithm, *shown, found.reason))
     return rows
 
 
@@ -83,11 +85,12 @@ def _advice(layer: MaskedLayer, plan: Plan) -> list[str]:
     backend = _backend.select(layer.op, layer.pattern.device)
     if backend != "native":
         return [f"the backend {backend!r} has no sparse kernel, 'native' has"]
-    found, pattern = [plan.preview(direction) for direction in DIRECTIONS], layer.pattern
+    found, pattern = [decision for _, decision in products(plan)], layer.pattern
     lines, here = [], seconds(found)
     if layer.mode == "dense":
-        values = _predicted(layer, plan.call._replace(values=True), pattern.nnz)
-        dense = _predicted(layer, plan.call, pattern.nnz)
+        case = layer.op, pattern.shape, pattern.nnz
+        values = predict_step(*case, plan.call._replace(values=True))
+        dense = predict_step(*case, plan.call)
         if values < 0.95 * dense:
             lines.append(f"mode='values' would take about {values / dense:.0%} of the time")
     if all(decision.algorithm == DENSE for decision in found):
@@ -99,14 +102,21 @@ def _advice(layer: MaskedLayer, plan: Plan) -> list[str]:
     return lines
 
 
+def products(plan: Plan) -> list[tuple[str, Decision]]:
+    """What runs, by name: the forward product and each gradient, or both gradients in one pass."""
+    forward, *gradients = [(way, plan.preview(way)) for way in DIRECTIONS]
+    both = plan.preview(BACKWARD)
+    if both.algorithm == DENSE or both.algorithm not in both.predicted.keys() - {SEPARATE}:
+        return [forward, *gradients]
+    dense = [(found.measured or found.predicted).get(DENSE, math.nan) for _, found in gradients]
+    known = {**(both.measured or both.predicted), DENSE: sum(dense)}
+    shown = both._replace(measured=known) if both.measured else both._replace(predicted=known)
+    return [forward, ("both gradients", shown)]
+
+
 def seconds(decisions: Sequence[Decision]) -> float:
     """Of all products, measured where that is known."""
     return sum((d.measured or d.predicted).get(d.algorithm, 0.0) for d in decisions)
-
-
-def _predicted(layer: MaskedLayer, call: Call, nnz: int) -> float:
-    times = [predict(layer.op, layer.pattern.shape, nnz, call, way) for way in DIRECTIONS]
-    return sum(min(found.values()) for found in times)
 
 
 def milliseconds(time: float | None) -> str:
