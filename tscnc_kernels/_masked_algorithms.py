@@ -138,7 +138,8 @@ def predict(
 ) -> dict[str, float]:
     """Seconds of each algorithm that can compute a direction natively on nnz kept entries.
 
-    For "backward", of each that computes both gradients in one pass, and of "separate" passes. Of one thread, so that the choice, and with it the bits, are the same for any number of them.
+    For "backward", of each that computes both gradients in one pass, and of "separate" passes. All
+    of one thread, so that the choice, and with it the bits, are the same for any number of them.
     `blocks` is the pattern's block_shape.
     """
     if direction == BACKWARD:

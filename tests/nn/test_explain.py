@@ -39,7 +39,7 @@ def test_after_a_call_measured_times_are_shown(separate, products, tuner, monkey
         for name in names:
             compute(name)
         times = {"dense": 4e-3, "panel": 1e-3, "separate": separate}
-        return {name: times[name] for name in names}
+        return {name: times.get(name, 9e-3) for name in names}
 
     monkeypatch.setattr(_autotune, "measure", measure)
     model = network()

@@ -11,7 +11,6 @@ from tscnc_kernels._masked_algorithms import (
     BACKWARD,
     DIRECTIONS,
     SEPARATE,
-    Call,
     plan_for,
     plans_of,
     predict_step,
