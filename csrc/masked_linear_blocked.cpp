@@ -5,7 +5,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstring>
+#include <numeric>
+#include <vector>
 
 #include "blocked_index.h"
 #include "cpu/blocked_linear.h"
@@ -83,74 +84,47 @@ void for_tiles(const BlockedRows& index, const Function& function) {
   torch::stable::parallel_for(0, index.tiles(), std::max<int64_t>(1, grain), function);
 }
 
-// target[0 .. count) = source[0 .. count) in steps of whole vectors where `room` further elements
-// may be read and written.
-template <class T>
-void copy_run(const T* source, T* target, int64_t count, bool room) {
-  constexpr int64_t kStep = 8;
-  if (!room) {
-    for (int64_t i = 0; i < count; ++i) target[i] = source[i];
-    return;
+// Where each row's entries begin in row-major order.
+std::vector<int32_t> row_starts(const BlockedRows& index) {
+  std::vector<int32_t> counts(static_cast<size_t>(index.rows)), starts(counts.size());
+  for (int64_t tile = 0; tile < index.tiles(); ++tile) {
+    int32_t* target = counts.data() + tile * kBlockedTileRows;
+    for (int64_t block = 0; block < index.blocks(); ++block) {
+      const uint8_t* found = index.row_counts(tile, block);
+      for (int64_t row = 0; row < index.tile_rows(tile); ++row) target[row] += found[row];
+    }
   }
-  for (int64_t i = 0; i < count; i += kStep) std::memcpy(target + i, source + i, kStep * sizeof(T));
+  std::exclusive_scan(counts.begin(), counts.end(), starts.begin(), 0);
+  return starts;
 }
 
-// The values, row-major, in the index's order.
-template <class T>
-void block_values(const BlockedRows& index, const T* values, T* blocked) {
-  for_tiles(index, [&](int64_t begin, int64_t end) {
-    // What a run writes behind itself belongs to a later run of these tiles.
-    const int64_t last = index.first_entry(end - 1, index.blocks() - 1);
-    for_each_segment(index, begin, end,
-                     [&](int64_t, int64_t, int64_t entry, int64_t place, int64_t count) {
-                       const bool room = entry + count + 8 <= last && place + count + 8 <= last;
-                       copy_run(values + place, blocked + entry, count, room);
-                     });
-  });
-}
-
-template <class T>
-void unblock_values(const BlockedRows& index, const T* blocked, T* values) {
-  for_tiles(index, [&](int64_t begin, int64_t end) {
-    for_each_segment(index, begin, end,
-                     [&](int64_t, int64_t, int64_t entry, int64_t place, int64_t count) {
-                       copy_run(blocked + entry, values + place, count, false);
-                     });
-  });
-}
-
-// Calls move(entry, offset) with the offset of every entry in a matrix of these strides. A column
-// that was written to cannot lead outside.
+// Calls move(place, offset) with every entry's place in row-major order and its offset in a matrix
+// of these strides. A column that was written to cannot lead outside.
 template <class Move>
 void move_dense(const BlockedRows& index, int64_t row_stride, int64_t column_stride,
                 const Move& move) {
   for_tiles(index, [&](int64_t begin, int64_t end) {
     for_each_segment(index, begin, end,
-                     [&](int64_t row, int64_t block, int64_t entry, int64_t, int64_t count) {
+                     [&](int64_t row, int64_t block, int64_t entry, int64_t place, int64_t count) {
                        const int64_t first = block * index.block_width;
-                       for (int64_t j = entry; j < entry + count; ++j) {
-                         const int64_t column = std::min(first + index.columns[j], index.width - 1);
-                         move(j, row * row_stride + column * column_stride);
+                       for (int64_t j = 0; j < count; ++j) {
+                         const int64_t column =
+                             std::min(first + index.columns[entry + j], index.width - 1);
+                         move(place + j, row * row_stride + column * column_stride);
                        }
                      });
   });
 }
 
-// The entries of a dense matrix or of row-major values, in the index's order.
+// The kept entries of a dense matrix of these strides, row-major.
 template <class T>
-Tensor blocked_values(const BlockedRows& index, const Tensor& weight, int64_t row_stride,
-                      int64_t column_stride) {
-  const Tensor from =
-      weight.dim() == 2 || weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
-  Tensor values = torch::stable::new_empty(weight, {index.kept});
-  const T* source = data<T>(from);
+Tensor kept_values(const BlockedRows& index, const Tensor& weight, int64_t row_stride,
+                   int64_t column_stride) {
+  const Tensor values = torch::stable::new_empty(weight, {index.kept});
+  const T* source = data<T>(weight);
   T* target = mutable_data<T>(values);
-  if (weight.dim() == 2) {
-    move_dense(index, row_stride, column_stride,
-               [=](int64_t entry, int64_t offset) { target[entry] = source[offset]; });
-  } else {
-    block_values(index, source, target);
-  }
+  move_dense(index, row_stride, column_stride,
+             [=](int64_t place, int64_t offset) { target[place] = source[offset]; });
   return in_dtype(values, kWorkingType<T>);
 }
 
@@ -211,12 +185,14 @@ void blocked_forward(const LinearForward& call) {
   const BlockedRows index =
       blocked_index(kOp, call.columns, call.row_pointers.numel() - 1, call.input.size(1));
   check_weight(call.weight, index.rows, index.width, index.kept);
+  const std::vector<int32_t> starts = row_starts(index);
   dispatch_floating(kOp, call.input.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool dense = call.weight.dim() == 2;
-    const Tensor values = blocked_values<T>(index, call.weight, call.weight.stride(0),
-                                            dense ? call.weight.stride(1) : 0);
-    run_product<T>({index, data<Working<T>>(values), samples<T>(call.input),
+    const Tensor values =
+        call.weight.dim() == 1
+            ? working_values<T>(call.weight)
+            : kept_values<T>(index, call.weight, call.weight.stride(0), call.weight.stride(1));
+    run_product<T>({index, starts.data(), data<Working<T>>(values), samples<T>(call.input),
                     call.bias.has_value() ? data<T>(*call.bias) : nullptr, call.activation,
                     mutable_data<T>(call.output),
                     call.preactivation.size(0) > 0 ? mutable_data<T>(call.preactivation) : nullptr,
@@ -230,13 +206,14 @@ void blocked_input_gradient(const LinearInputGradient& call) {
   check_weight(call.weight, index.width, index.rows, index.kept);
   const int32_t* order =
       bounded_index(kOp, call.permutation, index.kept, index.kept, "permutation");
+  const std::vector<int32_t> starts = row_starts(index);
   dispatch_floating(kOp, call.gradient.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Tensor values =
         call.weight.dim() == 1
             ? permuted_values<T>(index, call.weight, order)
-            : blocked_values<T>(index, call.weight, call.weight.stride(1), call.weight.stride(0));
-    run_product<T>({index, data<Working<T>>(values),
+            : kept_values<T>(index, call.weight, call.weight.stride(1), call.weight.stride(0));
+    run_product<T>({index, starts.data(), data<Working<T>>(values),
                     samples<T>(call.gradient, call.saved, call.activation), nullptr,
                     Activation::none, mutable_data<T>(call.result), nullptr, 1});
   });
@@ -247,6 +224,7 @@ std::tuple<Tensor, Tensor> blocked_weight_gradient(const LinearWeightGradient& c
       blocked_index(kOp, call.columns, call.row_pointers.numel() - 1, call.input.size(1));
   check_weight(call.weight, index.rows, index.width, index.kept);
   const ScalarType dtype = call.input.scalar_type();
+  const std::vector<int32_t> starts = row_starts(index);
   std::tuple<Tensor, Tensor> result{call.weight, call.weight};
   dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -254,24 +232,18 @@ std::tuple<Tensor, Tensor> blocked_weight_gradient(const LinearWeightGradient& c
         torch::stable::new_zeros(call.input, {call.needs_weight ? index.kept : 0}, kWorkingType<T>);
     Tensor bias =
         torch::stable::new_zeros(call.input, {call.needs_bias ? index.rows : 0}, kWorkingType<T>);
-    run_weight_gradient<T>({index, samples<T>(call.input),
+    run_weight_gradient<T>({index, starts.data(), samples<T>(call.input),
                             samples<T>(call.gradient, call.saved, call.activation),
                             call.needs_weight ? mutable_data<Working<T>>(values) : nullptr,
                             call.needs_bias ? mutable_data<Working<T>>(bias) : nullptr});
     values = in_dtype(values, dtype);
     Tensor weight = values;
-    if (call.needs_weight) {
+    if (call.needs_weight && call.weight.dim() == 2) {
       const T* source = data<T>(values);
-      if (call.weight.dim() == 2) {
-        weight = torch::stable::new_zeros(values, {index.rows, index.width});
-        T* target = mutable_data<T>(weight);
-        move_dense(index, index.width, 1,
-                   [=](int64_t entry, int64_t offset) { target[offset] = source[entry]; });
-      } else {
-        weight = torch::stable::empty_like(values);
-        T* target = mutable_data<T>(weight);
-        unblock_values(index, source, target);
-      }
+      weight = torch::stable::new_zeros(values, {index.rows, index.width});
+      T* target = mutable_data<T>(weight);
+      move_dense(index, index.width, 1,
+                 [=](int64_t place, int64_t offset) { target[offset] = source[place]; });
     }
     result = {weight, in_dtype(bias, dtype)};
   });

@@ -5,7 +5,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstring>
-#include <tuple>
 
 #include "blocked_index.h"
 #include "sparse_index.h"
@@ -18,16 +17,11 @@ using torch::stable::Tensor;
 
 constexpr char kOp[] = "sparsity_block";
 
-// The blocked index of `columns` (ascending in each row) and, where `order` has entries, those in
-// the same order as the index's columns.
-std::tuple<Tensor, Tensor> sparsity_block(const Tensor& pointers, const Tensor& columns,
-                                          const Tensor& order, int64_t width) {
+// The blocked index of `columns`, which ascend in each row.
+Tensor sparsity_block(const Tensor& pointers, const Tensor& columns, int64_t width) {
   const int64_t kept = columns.numel();
   const int32_t* pointer = pointer_data(kOp, pointers, kept, "pointers");
   const int32_t* column = bounded_index(kOp, columns, kept, width, "columns");
-  const int32_t* source = index_data(kOp, order, order.numel(), "order");
-  STD_TORCH_CHECK(order.numel() == 0 || order.numel() == kept, kOp, ": expected an order of ", kept,
-                  " entries or none, got ", order.numel());
   const int64_t rows = pointers.numel() - 1;
   STD_TORCH_CHECK(rows >= 1 && width >= 1, kOp, ": expected a matrix with entries, got ", rows,
                   " x ", width);
@@ -40,8 +34,6 @@ std::tuple<Tensor, Tensor> sparsity_block(const Tensor& pointers, const Tensor& 
   auto* offsets = const_cast<int32_t*>(index.offsets);
   auto* counts = const_cast<uint8_t*>(index.counts);
   auto* places = const_cast<uint8_t*>(index.columns);
-  Tensor ordered = torch::stable::new_empty(columns, {order.numel()}, ScalarType::Int);
-  auto* target = static_cast<int32_t*>(ordered.mutable_data_ptr());
 
   int32_t entry = 0;
   for (int64_t tile = 0; tile < index.tiles(); ++tile) {
@@ -60,7 +52,6 @@ std::tuple<Tensor, Tensor> sparsity_block(const Tensor& pointers, const Tensor& 
              ++j, ++entry) {
           least = column[j] + 1;
           places[entry] = static_cast<uint8_t>(column[j] - first);
-          if (order.numel() > 0) target[entry] = source[j];
         }
         next[row] = j;
         *counts++ = static_cast<uint8_t>(j - begin);
@@ -69,16 +60,14 @@ std::tuple<Tensor, Tensor> sparsity_block(const Tensor& pointers, const Tensor& 
   }
   *offsets = entry;
   STD_TORCH_CHECK(entry == kept, kOp, ": expected columns that ascend in every row");
-  return {buffer, ordered};
+  return buffer;
 }
 
 }  // namespace
 }  // namespace tscnc
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
-  m.def(
-      "sparsity_block(Tensor pointers, Tensor columns, Tensor order, int width) -> "
-      "(Tensor index, Tensor ordered)");
+  m.def("sparsity_block(Tensor pointers, Tensor columns, int width) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {

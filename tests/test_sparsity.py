@@ -196,9 +196,7 @@ def test_native_ops_have_fakes_and_refuse_what_would_read_out_of_bounds():
     pattern = SparsityPattern.from_mask(SMALL)
     index = pattern.row_pointers, pattern.columns
     torch.library.opcheck(ops.sparsity_build.default, (SMALL,))
-    none = pattern.columns[:0]
-    torch.library.opcheck(ops.sparsity_block.default, (*index, none, 3))
-    torch.library.opcheck(ops.sparsity_block.default, (*index, pattern.permutation, 3))
+    torch.library.opcheck(ops.sparsity_block.default, (*index, 3))
     torch.library.opcheck(ops.sparsity_unpack.default, (pattern.bits, 3, 3))
     torch.library.opcheck(ops.sparsity_mapping.default, (*index, *index))
     with pytest.raises(RuntimeError, match="sparsity_unpack"):
@@ -246,8 +244,7 @@ def test_an_index_that_was_written_to_is_refused(name, step, values):
 def test_blocked_index_lists_the_kept_entries_tile_by_tile(kind, size):
     mask = make_mask(kind, *size)
     pattern = SparsityPattern.from_mask(mask)
-    order, permutation = pattern.blocked_columns
-    for buffer, kept in ((pattern.blocked_rows, mask), (order, mask.t())):
+    for buffer, kept in ((pattern.blocked_rows, mask), (pattern.blocked_columns, mask.t())):
         _, rows, width, step, nnz = buffer[:40].view(torch.int64).tolist()
         assert (rows, width, nnz) == (*kept.shape, int(mask.sum()))
         expected = [
@@ -257,29 +254,23 @@ def test_blocked_index_lists_the_kept_entries_tile_by_tile(kind, size):
         tiles, blocks = -(-rows // 256), -(-width // step)
         offsets = buffer[40 : 40 + 4 * (tiles * blocks + 1)].view(torch.int32)
         assert offsets.diff().tolist() == [len(block) for block in expected]
-    places = torch.full(size, -1)
-    places[mask] = torch.arange(int(mask.sum()))
-    blocks = [block[block >= 0] for t in places.t().split(256) for block in t.split(step, dim=1)]
-    assert torch.equal(permutation.long(), torch.cat(blocks))
     assert pattern.blocked_rows is pattern.blocked_rows
 
 
 def test_columns_that_do_not_ascend_cannot_be_blocked():
     block = torch.ops.tscnc_kernels.sparsity_block
-    none, pointers = torch.empty(0, dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    pointers = torch.tensor([0, 2], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="ascend in every row"):
-        block(pointers, torch.tensor([200, 3], dtype=torch.int32), none, 300)
-    with pytest.raises(RuntimeError, match="order of 2 entries or none, got 1"):
-        block(pointers, torch.tensor([3, 200], dtype=torch.int32), pointers[:1], 300)
+        block(pointers, torch.tensor([200, 3], dtype=torch.int32), 300)
     with pytest.raises(RuntimeError, match="columns from 0 to 1"):
-        block(pointers, torch.tensor([3, 200], dtype=torch.int32), none, 2)
+        block(pointers, torch.tensor([3, 200], dtype=torch.int32), 2)
 
 
 @pytest.mark.parametrize("place", [0, 8, 16, 32, 40, 44, 48])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_blocked_index_that_was_written_to_is_refused(place, transposed):
     pattern = SparsityPattern.from_mask(SMALL)
-    buffer = pattern.blocked_columns[0] if transposed else pattern.blocked_rows
+    buffer = pattern.blocked_columns if transposed else pattern.blocked_rows
     input = torch.ones(2, 3, requires_grad=True)
     output = masked_linear(input, torch.ones(4), pattern, algorithm="blocked")
     buffer[place] += 1

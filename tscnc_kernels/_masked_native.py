@@ -53,13 +53,12 @@ def native_gradients(
         (_, *others) = native_gradients(for_input, for_weight, *tensors, *rest, (False, *needs[1:]))
         return first, *others
     rows = pattern.blocked_rows if blocked_weight else pattern.columns
-    columns = pattern.column_rows, pattern.permutation
-    index = pattern.row_pointers, rows, pattern.column_pointers
+    columns = pattern.blocked_columns if blocked_input else pattern.column_rows
+    index = pattern.row_pointers, rows, pattern.column_pointers, columns, pattern.permutation
     codes = activation, SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
     return _native.masked_linear_backward(  # type: ignore[no-any-return]
         *tensors,
         *index,
-        *(pattern.blocked_columns if blocked_input else columns),
         *codes,
         *needs,
     )

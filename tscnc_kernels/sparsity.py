@@ -71,7 +71,7 @@ class SparsityPattern:
     column_pointers: Tensor
     column_rows: Tensor
     permutation: Tensor
-    _built: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _built: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "SparsityPattern":
@@ -158,13 +158,11 @@ class SparsityPattern:
         """uint8 buffer with the kept entries in the order of the cache-blocked products (layout:
         csrc/include/blocked_index.h), built when it is first asked for.
         """
-        return self._blocked("rows")[0]
+        return self._blocked("rows")
 
     @property
-    def blocked_columns(self) -> tuple[Tensor, Tensor]:
-        """As blocked_rows for the transposed matrix, and (nnz,) int32, the row-major place of each
-        entry in that order.
-        """
+    def blocked_columns(self) -> Tensor:
+        """As blocked_rows for the transposed matrix."""
         return self._blocked("columns")
 
     @property
@@ -172,15 +170,17 @@ class SparsityPattern:
         """Whether blocked_rows and blocked_columns are built."""
         return len(self._built) == 2
 
-    def _blocked(self, order: str) -> tuple[Tensor, Tensor]:
+    def _blocked(self, order: str) -> Tensor:
         found = self._built.get(order)
         if found is None:
             if order == "rows":
-                none = self.columns.new_empty((0,))
-                index = self.row_pointers, self.columns, none, self.matrix_shape[1]
+                found = _native.sparsity_block(
+                    self.row_pointers, self.columns, self.matrix_shape[1]
+                )
             else:
-                index = self.column_pointers, self.column_rows, self.permutation, self.shape[0]
-            found = _native.sparsity_block(*index)
+                found = _native.sparsity_block(
+                    self.column_pointers, self.column_rows, self.shape[0]
+                )
             if not torch.compiler.is_compiling():
                 self._built[order] = found
         return found
@@ -345,12 +345,12 @@ def _(mask: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("tscnc_kernels::sparsity_block")
-def _(pointers: Tensor, columns: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _(pointers: Tensor, columns: Tensor, width: int) -> Tensor:
     rows, kept = pointers.shape[0] - 1, columns.shape[0]
     step = 96 if 10 * kept > 3 * rows * width else 128
     blocks, tiles = -(-width // step), -(-rows // 256)
     size = 40 + 4 * (tiles * blocks + 1) + rows * blocks + kept
-    return pointers.new_empty((size,), dtype=torch.uint8), order.new_empty(order.shape)
+    return pointers.new_empty((size,), dtype=torch.uint8)
 
 
 @torch.library.register_fake("tscnc_kernels::sparsity_block_shape")

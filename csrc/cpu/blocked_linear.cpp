@@ -1,5 +1,7 @@
 #include "blocked_linear.h"
 
+#include <cstring>
+
 #include "panel.h"
 #include "vec.h"
 
@@ -26,18 +28,19 @@ inline void with_panel_width(int64_t count, const Function& function) {
   }
 }
 
-// Adds a block's part of the products to a tile of sums.
+// Adds a block's part of the products to a tile of sums; next[row] is the place of the row's first
+// value of the block, and then of the next one.
 template <class C, int kVecs>
-void add_block(const uint8_t* counts, int64_t rows, const C* values, const uint8_t* columns,
-               const C* panel, C* tile) {
+void add_block(const uint8_t* counts, int64_t rows, const C* values, int32_t* next,
+               const uint8_t* columns, const C* panel, C* tile) {
   constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
   for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
     const int64_t count = counts[row];
     Vec<C> sum[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) sum[v] = load(tile + v * kW);
-    add_row_product<C, kVecs>(values, columns, count, panel, sum);
-    values += count;
+    add_row_product<C, kVecs>(values + next[row], columns, count, panel, sum);
+    next[row] += counts[row];
     columns += count;
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) store(tile + v * kW, sum[v]);
@@ -73,10 +76,12 @@ void product_tile(const BlockedProduct<T>& call, int64_t tile, int64_t sample, i
         broadcast(call.bias == nullptr ? C(0) : load_partial(call.bias + row + r, 1)[0]);
     for (int v = 0; v < kVecs; ++v) store(sums + r * kWidth + v * kW, bias);
   }
+  int32_t next[kBlockedTileRows];
+  std::memcpy(next, call.starts + row, static_cast<size_t>(rows) * sizeof(int32_t));
   for (int64_t block = 0; block < index.blocks(); ++block) {
-    const int64_t entry = index.first_entry(tile, block);
-    add_block<C, kVecs>(index.row_counts(tile, block), rows, call.values + entry,
-                        index.columns + entry, panel + block * index.block_width * kWidth, sums);
+    add_block<C, kVecs>(index.row_counts(tile, block), rows, call.values, next,
+                        index.columns + index.first_entry(tile, block),
+                        panel + block * index.block_width * kWidth, sums);
   }
   finish_tile<T, kVecs>(call, row, rows, sample, count, sums);
 }
@@ -110,10 +115,10 @@ class Waiting {
   int64_t count_ = 0;
 };
 
-// gradients[j] += <tile row, panel[columns[j]]> for the entries of a block.
+// Adds <tile row, panel[column]> to the gradients of the entries of a block; `next` as above.
 template <class C, int kVecs>
-void add_block_gradients(const uint8_t* counts, int64_t rows, const uint8_t* columns,
-                         const C* panel, const C* tile, C* gradients, Waiting<C>* waiting) {
+void add_block_gradients(const uint8_t* counts, int64_t rows, int32_t* next, const uint8_t* columns,
+                         const C* panel, const C* tile, C* values_gradient, Waiting<C>* waiting) {
   constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
   for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
     const int64_t count = counts[row];
@@ -123,6 +128,7 @@ void add_block_gradients(const uint8_t* counts, int64_t rows, const uint8_t* col
     const auto product = [&](uint8_t column) {
       return lane_products<C, kVecs>(held, panel + static_cast<int64_t>(column) * kWidth);
     };
+    C* gradients = values_gradient + next[row];
     int64_t j = 0;
     for (; j + kW <= count; j += kW) {
       store(gradients + j,
@@ -130,7 +136,7 @@ void add_block_gradients(const uint8_t* counts, int64_t rows, const uint8_t* col
     }
     for (; j < count; ++j) waiting->push(product(columns[j]), gradients + j);
     columns += count;
-    gradients += count;
+    next[row] += counts[row];
   }
 }
 
@@ -146,11 +152,12 @@ void weight_gradient_tile(const BlockedWeightGradient<T>& call, int64_t tile, in
     add_row_sums<Compute<T>, kVecs>(held, rows, call.bias_gradient + row);
   }
   if (call.values_gradient == nullptr) return;
+  int32_t next[kBlockedTileRows];
+  std::memcpy(next, call.starts + row, static_cast<size_t>(rows) * sizeof(int32_t));
   for (int64_t block = 0; block < index.blocks(); ++block) {
-    const int64_t entry = index.first_entry(tile, block);
     add_block_gradients<Compute<T>, kVecs>(
-        index.row_counts(tile, block), rows, index.columns + entry,
-        panel + block * index.block_width * kWidth, held, call.values_gradient + entry, waiting);
+        index.row_counts(tile, block), rows, next, index.columns + index.first_entry(tile, block),
+        panel + block * index.block_width * kWidth, held, call.values_gradient, waiting);
     waiting->flush();
   }
 }

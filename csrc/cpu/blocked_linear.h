@@ -6,10 +6,11 @@
 
 namespace tscnc {
 
-// output = act(input S^T + bias), S the sparse matrix with `values` in the order of its index.
+// output = act(input S^T + bias), S the sparse matrix with row-major `values`.
 template <class T>
 struct BlockedProduct {
   BlockedRows index;
+  const int32_t* starts;  // (rows,), where each row's values begin
   const Working<T>* values;
   Samples<T> input;
   const T* bias;  // (rows,) or null
@@ -19,11 +20,12 @@ struct BlockedProduct {
   int64_t tile_splits;
 };
 
-// values_gradient[j] = (gradient^T input) at entry j of the index; bias_gradient[r] = sum of
-// gradient's column r.
+// values_gradient[j] += (gradient^T input) at the kept entry j, row-major; bias_gradient[r] += sum
+// of gradient's column r.
 template <class T>
 struct BlockedWeightGradient {
   BlockedRows index;
+  const int32_t* starts;  // (rows,), where each row's values begin
   Samples<T> input;
   Samples<T> gradient;
   Working<T>* values_gradient;  // (kept,) or null
