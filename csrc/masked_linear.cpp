@@ -201,31 +201,17 @@ struct Structure {
   const int32_t* permutation;
 };
 
-// Row-major values in the order of the transposed index.
+// Row-major values in the order of the transposed index, or the inverse.
 template <class T>
-Tensor in_columns_order(const Tensor& values, const Structure& structure) {
+Tensor reordered(const Tensor& values, const Structure& structure, bool inverse) {
   const Tensor ordered = torch::stable::empty_like(values);
   const auto* source = data<Working<T>>(values);
   auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
   const SparseRows& transposed = structure.transposed;
   for_rows(transposed, [&](int64_t row) {
     for (int64_t j = transposed.pointers[row]; j < transposed.pointers[row + 1]; ++j) {
-      target[j] = source[structure.permutation[j]];
-    }
-  });
-  return ordered;
-}
-
-// Its inverse.
-template <class T>
-Tensor in_rows_order(const Tensor& values, const Structure& structure) {
-  const Tensor ordered = torch::stable::empty_like(values);
-  const auto* source = data<Working<T>>(values);
-  auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
-  const SparseRows& transposed = structure.transposed;
-  for_rows(transposed, [&](int64_t row) {
-    for (int64_t j = transposed.pointers[row]; j < transposed.pointers[row + 1]; ++j) {
-      target[structure.permutation[j]] = source[j];
+      const int64_t place = structure.permutation[j];
+      target[inverse ? place : j] = source[inverse ? j : place];
     }
   });
   return ordered;
@@ -242,7 +228,7 @@ Tensor input_gradient(const Structure& structure, const Tensor& weight, const Sa
                                 structure.transposed);
     return result;
   }
-  const Tensor ordered = in_columns_order<T>(values, structure);
+  const Tensor ordered = reordered<T>(values, structure, false);
   const SparseRows& transposed = structure.transposed;
   Tensor result = torch::stable::new_empty(like, {gradient.count, transposed.rows});
   const MaskedProduct<T> call = {transposed,       data<Working<T>>(ordered),
@@ -287,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor> all_gradients(const Structure& structure, con
                                                  const Samples<T>& gradient, const Tensor& input,
                                                  bool needs_bias) {
   constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
-  const Tensor values = in_columns_order<T>(kept_values<T>(weight, structure.rows), structure);
+  const Tensor values = reordered<T>(kept_values<T>(weight, structure.rows), structure, false);
   const Tensor found = torch::stable::new_zeros(values, {values.numel()});
   Tensor bias = torch::stable::new_zeros(input, {needs_bias ? structure.rows.rows : 0}, working);
   Tensor result = torch::stable::new_empty(input, {gradient.count, structure.rows.width});
@@ -295,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> all_gradients(const Structure& structure, con
                    static_cast<T*>(result.mutable_data_ptr()),
                    static_cast<Working<T>*>(found.mutable_data_ptr()),
                    needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr});
-  return {result, in_form_of<T>(weight, in_rows_order<T>(found, structure), structure.rows, true),
+  return {result, in_form_of<T>(weight, reordered<T>(found, structure, true), structure.rows, true),
           in_dtype(bias, input.scalar_type())};
 }
 
