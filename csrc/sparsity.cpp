@@ -140,40 +140,15 @@ Tensor sparsity_unpack(const Tensor& bits, int64_t rows, int64_t width) {
   return mask;
 }
 
-inline uint64_t word_at(const uint8_t* bits, int64_t byte, int64_t bytes) {
-  uint64_t word = 0;
-  std::memcpy(&word, bits + byte, static_cast<size_t>(bytes - byte < 8 ? bytes - byte : 8));
-  return word;
-}
-
-// For every kept entry of the new mask its place among the old mask's entries, or -1. Between the
-// words that differ, the places follow one another.
+// For every kept entry of the new mask its place among the old mask's entries, or -1.
 Tensor sparsity_mapping(const Tensor& old_bits, const Tensor& new_bits) {
   constexpr char kOp[] = "sparsity_mapping";
   const BitRows before = bit_rows(kOp, old_bits, old_bits.numel(), 8);
   const BitRows after = bit_rows(kOp, new_bits, old_bits.numel(), 8);
-  Tensor mapping = torch::stable::new_empty(
-      new_bits, {TSCNC_SELECT(count_bits)(after.data, after.bytes)}, ScalarType::Long);
-  auto* places = static_cast<int64_t*>(mapping.mutable_data_ptr());
-  int64_t place = 0, entry = 0, written = 0;
-  const auto write_until = [&](int64_t end) {
-    const int64_t shift = place - entry;
-    for (; written < end; ++written) places[written] = written + shift;
-  };
-  for (int64_t byte = 0; byte < before.bytes; byte += 8) {
-    const uint64_t was = word_at(before.data, byte, before.bytes);
-    const uint64_t is = word_at(after.data, byte, after.bytes);
-    if (was != is) {
-      write_until(entry);
-      for (uint64_t left = is; left != 0; left &= left - 1) {
-        const uint64_t bit = left & -left;
-        places[written++] = was & bit ? place + __builtin_popcountll(was & (bit - 1)) : -1;
-      }
-    }
-    place += __builtin_popcountll(was);
-    entry += __builtin_popcountll(is);
-  }
-  write_until(entry);
+  const int64_t kept = TSCNC_SELECT(count_bits)(after.data, after.bytes);
+  Tensor mapping = torch::stable::new_empty(new_bits, {kept}, ScalarType::Long);
+  TSCNC_SELECT(map_bits)(before.data, after.data, before.bytes,
+                         static_cast<int64_t*>(mapping.mutable_data_ptr()));
   return mapping;
 }
 
@@ -185,14 +160,14 @@ Tensor sparsity_remap(const Tensor& values, const Tensor& mapping) {
   STD_TORCH_CHECK(mapping.is_cpu() && mapping.is_contiguous() && mapping.dim() == 1 &&
                       mapping.scalar_type() == ScalarType::Long,
                   kOp, ": expected a mapping of contiguous int64 entries on the CPU");
-  const int64_t kept = values.numel(), size = values.element_size();
-  Tensor carried = torch::stable::new_empty(values, {mapping.numel()});
+  const int64_t kept = values.numel(), wanted = mapping.numel();
+  Tensor carried = torch::stable::new_empty(values, {wanted});
   const auto* source = static_cast<const uint8_t*>(values.const_data_ptr());
   auto* target = static_cast<uint8_t*>(carried.mutable_data_ptr());
   const auto* places = static_cast<const int64_t*>(mapping.const_data_ptr());
   const auto carry = [&](auto entry_size) {
     bool inside = true;
-    for (int64_t j = 0; j < mapping.numel() && inside; ++j) {
+    for (int64_t j = 0; j < wanted && inside; ++j) {
       inside = places[j] >= -1 && places[j] < kept;
       if (!inside || places[j] < 0) {
         std::memset(target + j * entry_size, 0, entry_size);
@@ -203,12 +178,13 @@ Tensor sparsity_remap(const Tensor& values, const Tensor& mapping) {
     STD_TORCH_CHECK(inside, kOp, ": expected places from -1 to ", kept - 1);
   };
   // A copy of a size that the compiler knows is one instruction.
+  const size_t size = values.element_size();
   if (size == 4) {
     carry(std::integral_constant<size_t, 4>{});
   } else if (size == 2) {
     carry(std::integral_constant<size_t, 2>{});
   } else {
-    carry(static_cast<size_t>(size));
+    carry(size);
   }
   return carried;
 }

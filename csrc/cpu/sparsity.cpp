@@ -121,6 +121,31 @@ void list_rows(const BitRows bits, int64_t kept, int32_t* pointers, int32_t* col
   pointers[bits.rows] = static_cast<int32_t>(next);
 }
 
+// Ranks of the set bits of `after` among those of `before`, word by word. Between the words that
+// differ they follow one another, and are written when the next such word is met.
+struct BitMap {
+  int64_t* places;
+  int64_t rank, entry, written;
+
+  void write_pending() {
+    const int64_t shift = rank - entry;
+    for (int64_t i = written; i < entry; ++i) places[i] = i + shift;
+    written = entry;
+  }
+
+  void add(uint64_t before, uint64_t after) {
+    if (__builtin_expect(before != after, 0)) {
+      write_pending();
+      for (uint64_t left = after; left != 0; left &= left - 1) {
+        const uint64_t bit = left & -left;
+        places[written++] = before & bit ? rank + __builtin_popcountll(before & (bit - 1)) : -1;
+      }
+    }
+    rank += __builtin_popcountll(before);
+    entry += __builtin_popcountll(after);
+  }
+};
+
 // In each of the four words' 64 x 64 bits, swaps the off-diagonal squares of ever smaller size.
 inline void transpose_squares(FourWords* rows) {
   uint64_t mask = 0x00000000ffffffff;
@@ -162,6 +187,19 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes) {
 void list_bits(const BitRows& bits, int64_t kept, int32_t* pointers, int32_t* columns) {
   const bool few = kept * kSparse < bits.rows * bits.width;
   (few ? list_rows<true> : list_rows<false>)(bits, kept, pointers, columns);
+}
+
+void map_bits(const uint8_t* before, const uint8_t* after, int64_t bytes, int64_t* places) {
+  BitMap map{places, 0, 0, 0};
+  int64_t byte = 0;
+  for (; byte + 8 <= bytes; byte += 8) {
+    uint64_t was, is;
+    std::memcpy(&was, before + byte, sizeof(was));
+    std::memcpy(&is, after + byte, sizeof(is));
+    map.add(was, is);
+  }
+  for (; byte < bytes; ++byte) map.add(before[byte], after[byte]);
+  map.write_pending();
 }
 
 void transpose_bits(const BitRows& bits, uint64_t* transposed) {

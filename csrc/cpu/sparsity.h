@@ -26,6 +26,8 @@ TSCNC_PER_ISA(
     // Column by column of each row where the bits are set, `kept` in all: the (rows + 1,) pointers
     // and the (kept,) columns.
     void list_bits(const BitRows& bits, int64_t kept, int32_t* pointers, int32_t* columns);
+    // For every bit that is set in `after` its rank among those of `before`, or -1.
+    void map_bits(const uint8_t* before, const uint8_t* after, int64_t bytes, int64_t* places);
     // Row c of the result, (rows + 63) / 64 words, holds column c; zeros behind its end.
     void transpose_bits(const BitRows& bits, uint64_t* transposed);)
 
