@@ -152,6 +152,19 @@ Tensor sparsity_mapping(const Tensor& old_bits, const Tensor& new_bits) {
   return mapping;
 }
 
+// Where the bits are set.
+Tensor sparsity_places(const Tensor& bits) {
+  constexpr char kOp[] = "sparsity_places";
+  const BitRows all = bit_rows(kOp, bits, 1, bits.numel() * 8);
+  STD_TORCH_CHECK(all.width < std::numeric_limits<int32_t>::max(), kOp,
+                  ": more than 2^31 - 1 bits");
+  const int64_t count = TSCNC_SELECT(count_bits)(all.data, all.bytes);
+  Tensor places = new_index(bits, count);
+  int32_t ends[2];
+  TSCNC_SELECT(list_bits)(all, count, ends, index_pointer(places));
+  return places;
+}
+
 // values[mapping], zero where the mapping is -1.
 Tensor sparsity_remap(const Tensor& values, const Tensor& mapping) {
   constexpr char kOp[] = "sparsity_remap";
@@ -236,6 +249,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def("sparsity_block_shape(Tensor row_pointers, Tensor columns, int width) -> Tensor");
   m.def("sparsity_unpack(Tensor bits, int rows, int width) -> Tensor");
   m.def("sparsity_mapping(Tensor old_bits, Tensor new_bits) -> Tensor");
+  m.def("sparsity_places(Tensor bits) -> Tensor");
   m.def("sparsity_remap(Tensor values, Tensor mapping) -> Tensor");
 }
 
@@ -245,5 +259,6 @@ STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
   m.impl("sparsity_block_shape", TORCH_BOX(&tscnc::sparsity_block_shape));
   m.impl("sparsity_unpack", TORCH_BOX(&tscnc::sparsity_unpack));
   m.impl("sparsity_mapping", TORCH_BOX(&tscnc::sparsity_mapping));
+  m.impl("sparsity_places", TORCH_BOX(&tscnc::sparsity_places));
   m.impl("sparsity_remap", TORCH_BOX(&tscnc::sparsity_remap));
 }

@@ -202,6 +202,7 @@ def test_native_ops_have_fakes_and_refuse_what_would_read_out_of_bounds():
     torch.library.opcheck(ops.sparsity_block.default, (*index, pattern.permutation, 3))
     torch.library.opcheck(ops.sparsity_unpack.default, (pattern.bits, 3, 3))
     torch.library.opcheck(ops.sparsity_mapping.default, (pattern.bits, pattern.bits))
+    torch.library.opcheck(ops.sparsity_places.default, (pattern.bits,))
     torch.library.opcheck(ops.sparsity_remap.default, (torch.ones(4), torch.tensor([3, -1])))
     for op in (ops.sparsity_unpack, ops.sparsity_build):
         with pytest.raises(RuntimeError, match="bits for 30 x 3 entries, got 2 bytes"):

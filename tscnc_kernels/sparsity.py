@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tscnc_kernels import _build as _build  # loads the library that registers the native ops
+from tscnc_kernels import _sparsity_native as _sparsity_native  # registers the native ops
 
 _native = torch.ops.tscnc_kernels
 
@@ -257,9 +257,18 @@ class SparsityPattern:
         return pattern, self.mapping_to(pattern)
 
     def mapping_to(self, pattern: "SparsityPattern") -> Tensor:
-        """Where the values of another pattern of this shape come from, see `update`."""
+        """Where the values of another pattern of this shape come from, see `update`.
+
+        Of the old entries it reads the packed bits only, 64 at a time.
+        """
         mapping: Tensor = _native.sparsity_mapping(self.bits.cpu(), pattern.bits.cpu())
         return mapping.to(self.device)
+
+    def changes_to(self, pattern: "SparsityPattern") -> tuple[Tensor, ...]:
+        """Where another pattern of this shape differs: an int64 index per dimension."""
+        differing = self.bits.cpu() ^ pattern.bits.cpu()
+        places = _native.sparsity_places(differing).long().to(self.device)
+        return torch.unravel_index(places, self.shape)
 
     def to(self, device: torch.device | str) -> "SparsityPattern":
         """The pattern on a device; itself if it is there already."""
@@ -343,45 +352,3 @@ def unpack_reference(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask of packed bits in plain torch, for any device."""
     spread = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (spread & 1).bool().flatten()[: math.prod(shape)].reshape(shape)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_pack")
-def _(mask: Tensor) -> Tensor:
-    return mask.new_empty(((mask.numel() + 7) // 8,), dtype=torch.uint8)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_build")
-def _(bits: Tensor, rows: int, width: int) -> tuple[Tensor, ...]:
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    sizes = (rows + 1, nnz, width + 1, nnz, nnz)
-    return tuple(bits.new_empty((size,), dtype=torch.int32) for size in sizes)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_block")
-def _(pointers: Tensor, columns: Tensor, order: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    rows, kept = pointers.shape[0] - 1, columns.shape[0]
-    step = 96 if 10 * kept > 3 * rows * width else 128
-    blocks, tiles = -(-width // step), -(-rows // 256)
-    size = 40 + 4 * (tiles * blocks + 1) + rows * blocks + kept
-    return pointers.new_empty((size,), dtype=torch.uint8), order.new_empty(order.shape)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_block_shape")
-def _(row_pointers: Tensor, columns: Tensor, width: int) -> Tensor:
-    return columns.new_empty((2,), dtype=torch.int64)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_unpack")
-def _(bits: Tensor, rows: int, width: int) -> Tensor:
-    return bits.new_empty((rows, width), dtype=torch.bool)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_mapping")
-def _(old_bits: Tensor, new_bits: Tensor) -> Tensor:
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    return new_bits.new_empty((nnz,), dtype=torch.int64)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_remap")
-def _(values: Tensor, mapping: Tensor) -> Tensor:
-    return values.new_empty(mapping.shape)
