@@ -11,28 +11,24 @@ namespace {
 typedef uint32_t Places __attribute__((vector_size(32)));
 typedef uint64_t FourWords __attribute__((vector_size(32)));
 
-// Where the bits of a byte are set, in rising order, four bits each.
+// Where the bits of each byte are set, in rising order.
 struct PlacesOfBytes {
-  uint32_t places[256];
+  uint32_t places[256][8];
 };
 constexpr PlacesOfBytes places_of_bytes() {
   PlacesOfBytes table{};
   for (int byte = 0; byte < 256; ++byte) {
-    int shift = 0;
+    int count = 0;
     for (int bit = 0; bit < 8; ++bit) {
-      if ((byte >> bit & 1) == 0) continue;
-      table.places[byte] |= static_cast<uint32_t>(bit) << shift;
-      shift += 4;
+      if ((byte >> bit & 1) != 0) table.places[byte][count++] = static_cast<uint32_t>(bit);
     }
   }
   return table;
 }
 constexpr PlacesOfBytes kPlaces = places_of_bytes();
-constexpr Places kShifts = {0, 4, 8, 12, 16, 20, 24, 28};
 
-// One row in so many columns and sparser: most words of 64 bits hold few set bits.
-constexpr int64_t kSparse = 16;
-constexpr int kSparseStep = 4;
+// Sparser than one set bit in so many, most words of 64 bits hold no more than four, or two.
+constexpr int64_t kFourOrFewer = 16, kTwoOrFewer = 64;
 // Entries that one word of bits may be written to, those behind its own included.
 constexpr int64_t kWritten = 64 + 8;
 
@@ -78,26 +74,30 @@ inline uint64_t bits_at(const BitRows& bits, int64_t bit) {
 }
 
 // Both write the places of the word's bits, counted from `base`, and something behind them.
+template <int step>
 inline void write_few(uint64_t word, int32_t base, int32_t* places) {
   do {
-    for (int i = 0; i < kSparseStep; ++i, word &= word - 1) {
+    for (int i = 0; i < step; ++i, word &= word - 1) {
       // Of a word of zeros, whatever ctz makes of it is written over or left behind.
       places[i] = base + __builtin_ctzll(word | (uint64_t{1} << 63));
     }
-    places += kSparseStep;
+    places += step;
   } while (__builtin_expect(word != 0, 0));
 }
 
 inline void write_many(uint64_t word, int32_t base, int32_t* places) {
   Places first = Places{} + static_cast<uint32_t>(base);
   for (int i = 0; i < 8; ++i, word >>= 8, first += 8) {
-    const Places found = first + ((Places{} + kPlaces.places[word & 255]) >> kShifts & 7);
+    Places found;
+    std::memcpy(&found, kPlaces.places[word & 255], sizeof(found));
+    found += first;
     std::memcpy(places, &found, sizeof(found));
     places += __builtin_popcountll(word & 255);
   }
 }
 
-template <bool few>
+// `few`: write so many places of a word at a time, or 0 to write them byte by byte.
+template <int few>
 void list_rows(const BitRows bits, int64_t kept, int32_t* pointers, int32_t* columns) {
   int64_t next = 0;
   for (int64_t row = 0; row < bits.rows; ++row) {
@@ -110,8 +110,8 @@ void list_rows(const BitRows bits, int64_t kept, int32_t* pointers, int32_t* col
         for (; word != 0; word &= word - 1) columns[next++] = base + __builtin_ctzll(word);
         continue;
       }
-      if (few) {
-        write_few(word, base, columns + next);
+      if constexpr (few > 0) {
+        write_few<few>(word, base, columns + next);
       } else {
         write_many(word, base, columns + next);
       }
@@ -185,8 +185,11 @@ int64_t count_bits(const uint8_t* bits, int64_t bytes) {
 }
 
 void list_bits(const BitRows& bits, int64_t kept, int32_t* pointers, int32_t* columns) {
-  const bool few = kept * kSparse < bits.rows * bits.width;
-  (few ? list_rows<true> : list_rows<false>)(bits, kept, pointers, columns);
+  const int64_t size = bits.rows * bits.width;
+  const auto list = kept * kTwoOrFewer < size    ? list_rows<2>
+                    : kept * kFourOrFewer < size ? list_rows<4>
+                                                 : list_rows<0>;
+  list(bits, kept, pointers, columns);
 }
 
 void map_bits(const uint8_t* before, const uint8_t* after, int64_t bytes, int64_t* places) {
