@@ -10,7 +10,7 @@ ENVIRONMENT :=
 endif
 
 export PYTHONPATH := $(CURDIR):$(CURDIR)/python
-PACKAGES := torch numpy setuptools wheel pybind11 ninja pytest pytest-xdist scipy pyyaml safetensors \
+PACKAGES := torch numpy setuptools wheel pybind11 ninja pytest pytest-xdist hypothesis scipy pyyaml safetensors \
             tqdm matplotlib ruff mypy clang-format
 NATIVE = $(shell git ls-files 'benchmarks/*.cpp' 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' \
            'tests/*.cpp' 'tests/*.cu')

@@ -14,7 +14,8 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
 # In every cell: not slower than this times dense, or than this many milliseconds over it where
 # the dense call takes less than `SHORT_CALL_MS`.
 NEVER_SLOWER, SHORT_CALL_MS, SHORT_CALL_EXTRA_MS = 0.97, 1.0, 0.025
-REBUILD_MS = 2.0
+# A new mask's index, by shape; and never more than one forward of 128 samples at its sparsity.
+REBUILD_MS = {"2048x2048": 2.0, "4096x4096": 8.0}
 TWO_THREADS = 1.8
 VGG_SHARE_OF_CEILING = 0.8
 

@@ -1,9 +1,11 @@
-// Builds the index structure of a SparsityPattern from a boolean mask, and the mask back from its
-// bits.
+// Packs a boolean mask into bits and builds the index of a SparsityPattern from them; what became
+// of the kept entries when a mask changed.
 //
 // Bit i of the packed mask (i % 8 of byte i / 8) is entry i of the mask in row-major order. The
 // same kept entries are listed by rows and, for the transposed product, by columns; the permutation
 // leads from the second order to the first.
+#include "cpu/sparsity.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,7 +15,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 #include "sparse_index.h"
 
@@ -23,143 +28,178 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr uint64_t kLowBits = 0x0101010101010101;
+// A mask with one kept entry in so many: sorting the entries by column beats transposing the bits.
+constexpr int64_t kSortedBelow = 40;
 
-// A word whose bytes are 0 or 1: whether the same byte of `word` is non-zero.
-inline uint64_t byte_flags(uint64_t word) {
-  constexpr uint64_t kSeven = 0x7f7f7f7f7f7f7f7f;
-  return ((((word & kSeven) + kSeven) | word) >> 7) & kLowBits;
-}
-
-// Calls visit(begin, flags) for every eight entries of mask[0 .. count), the last ones padded with
-// zeros.
-template <class Visit>
-inline void for_each_word(const uint8_t* mask, int64_t count, const Visit& visit) {
-  int64_t begin = 0;
-  for (; begin + 8 <= count; begin += 8) {
-    uint64_t word;
-    std::memcpy(&word, mask + begin, 8);
-    visit(begin, byte_flags(word));
-  }
-  if (begin == count) return;
-  uint64_t word = 0;
-  std::memcpy(&word, mask + begin, static_cast<size_t>(count - begin));
-  visit(begin, byte_flags(word));
-}
-
-// Packs the mask into bits and returns the number of kept entries.
-int64_t pack_bits(const uint8_t* mask, int64_t count, uint8_t* bits) {
-  int64_t kept = 0;
-  for_each_word(mask, count, [&](int64_t begin, uint64_t flags) {
-    // The first product's top byte is the sum of the flags; the second moves flag i to bit 56 + i.
-    kept += static_cast<int64_t>((flags * kLowBits) >> 56);
-    bits[begin / 8] = static_cast<uint8_t>((flags * 0x0102040810204080) >> 56);
-  });
-  return kept;
+// The packed mask of a rows x width matrix.
+BitRows bit_rows(const char* op, const Tensor& bits, int64_t rows, int64_t width) {
+  const int64_t count = rows * width;
+  STD_TORCH_CHECK(bits.is_cpu() && bits.is_contiguous() && bits.scalar_type() == ScalarType::Byte &&
+                      rows >= 0 && width >= 0 && bits.numel() == (count + 7) / 8,
+                  op, ": expected contiguous uint8 bits for ", rows, " x ", width, " entries, got ",
+                  bits.numel(), " bytes");
+  const auto* data = static_cast<const uint8_t*>(bits.const_data_ptr());
+  STD_TORCH_CHECK(count % 8 == 0 || data[count / 8] >> count % 8 == 0, op,
+                  ": expected zeros behind the last of ", count, " bits");
+  return {data, bits.numel(), rows, width, width};
 }
 
 Tensor new_index(const Tensor& like, int64_t size) {
   return torch::stable::new_empty(like, {size}, ScalarType::Int);
 }
 
-using Pattern = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+int32_t* index_pointer(Tensor& index) { return static_cast<int32_t*>(index.mutable_data_ptr()); }
 
-Pattern sparsity_build(const Tensor& mask) {
-  STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == 2 && mask.is_contiguous() &&
-                      mask.scalar_type() == ScalarType::Bool,
-                  "sparsity_build: expected a contiguous 2-d boolean CPU mask");
-  const int64_t rows = mask.size(0), width = mask.size(1);
-  const auto* data = static_cast<const uint8_t*>(mask.const_data_ptr());
-  Tensor bits = torch::stable::new_empty(mask, {(rows * width + 7) / 8}, ScalarType::Byte);
-  const int64_t kept =
-      pack_bits(data, rows * width, static_cast<uint8_t*>(bits.mutable_data_ptr()));
-  STD_TORCH_CHECK(rows < std::numeric_limits<int32_t>::max() &&
-                      width < std::numeric_limits<int32_t>::max() &&
-                      kept <= std::numeric_limits<int32_t>::max(),
-                  "sparsity_build: more than 2^31 - 1 rows, columns or kept entries");
+Tensor sparsity_pack(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.is_cpu() && mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool,
+                  "sparsity_pack: expected a contiguous boolean CPU mask");
+  const int64_t count = mask.numel();
+  Tensor bits = torch::stable::new_empty(mask, {(count + 7) / 8}, ScalarType::Byte);
+  TSCNC_SELECT(pack_bits)(static_cast<const uint8_t*>(mask.const_data_ptr()), count,
+                          static_cast<uint8_t*>(bits.mutable_data_ptr()));
+  return bits;
+}
 
-  Tensor row_pointers = new_index(mask, rows + 1), columns = new_index(mask, kept);
-  Tensor column_pointers = new_index(mask, width + 1), column_rows = new_index(mask, kept);
-  Tensor permutation = new_index(mask, kept);
-  auto* row_pointer = static_cast<int32_t*>(row_pointers.mutable_data_ptr());
-  auto* column = static_cast<int32_t*>(columns.mutable_data_ptr());
-  auto* column_pointer = static_cast<int32_t*>(column_pointers.mutable_data_ptr());
-  auto* column_row = static_cast<int32_t*>(column_rows.mutable_data_ptr());
-  auto* source = static_cast<int32_t*>(permutation.mutable_data_ptr());
+// The kept entries of one order and, for the transposed index, their places in the other.
+struct Index {
+  int64_t rows, width;
+  int32_t *pointers, *columns;
+};
 
-  // column_pointer[c + 1] counts column c, then becomes the end of column c - 1, then its own end
-  // as the counting sort fills it.
-  std::memset(column_pointer, 0, static_cast<size_t>(width + 1) * sizeof(int32_t));
-  int32_t next = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    row_pointer[row] = next;
-    for_each_word(data + row * width, width, [&](int64_t begin, uint64_t flags) {
-      for (; flags != 0; flags &= flags - 1) {
-        const int64_t position = begin + __builtin_ctzll(flags) / 8;
-        column[next++] = static_cast<int32_t>(position);
-        ++column_pointer[position + 1];
-      }
-    });
-  }
-  row_pointer[rows] = next;
+// Counting sort by column.
+void sort_by_column(const Index& by_row, const Index& by_column, int32_t* permutation) {
+  const int64_t width = by_row.width, kept = by_row.pointers[by_row.rows];
+  int32_t* pointers = by_column.pointers;
+  // pointers[c + 1] counts column c, then becomes the end of column c - 1, then its own end as the
+  // entries are put in place.
+  std::memset(pointers, 0, static_cast<size_t>(width + 1) * sizeof(int32_t));
+  for (int64_t j = 0; j < kept; ++j) ++pointers[by_row.columns[j] + 1];
   int32_t start = 0;
   for (int64_t c = 1; c <= width; ++c) {
-    const int32_t count = column_pointer[c];
-    column_pointer[c] = start;
+    const int32_t count = pointers[c];
+    pointers[c] = start;
     start += count;
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int32_t j = row_pointer[row]; j < row_pointer[row + 1]; ++j) {
-      const int32_t place = column_pointer[column[j] + 1]++;
-      column_row[place] = static_cast<int32_t>(row);
-      source[place] = j;
+  for (int64_t row = 0; row < by_row.rows; ++row) {
+    for (int32_t j = by_row.pointers[row]; j < by_row.pointers[row + 1]; ++j) {
+      const int32_t place = pointers[by_row.columns[j] + 1]++;
+      by_column.columns[place] = static_cast<int32_t>(row);
+      permutation[place] = j;
     }
   }
-  return {bits, row_pointers, columns, column_pointers, column_rows, permutation};
+}
+
+// Lists the transposed bits; the entries of a row then follow one another in column order.
+void list_by_column(const BitRows& bits, const Index& by_row, const Index& by_column,
+                    int32_t* permutation) {
+  const int64_t words = (bits.rows + 63) / 64, kept = by_row.pointers[bits.rows];
+  const std::unique_ptr<uint64_t[]> transposed(
+      new uint64_t[static_cast<size_t>(words * bits.width)]);
+  TSCNC_SELECT(transpose_bits)(bits, transposed.get());
+  const BitRows columns{reinterpret_cast<const uint8_t*>(transposed.get()), words * bits.width * 8,
+                        bits.width, bits.rows, words * 64};
+  TSCNC_SELECT(list_bits)(columns, kept, by_column.pointers, by_column.columns);
+  std::vector<int32_t> next(by_row.pointers, by_row.pointers + bits.rows);
+  for (int64_t j = 0; j < kept; ++j) permutation[j] = next[by_column.columns[j]]++;
+}
+
+using Indices = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Indices sparsity_build(const Tensor& bits, int64_t rows, int64_t width) {
+  constexpr char kOp[] = "sparsity_build";
+  const BitRows matrix = bit_rows(kOp, bits, rows, width);
+  const int64_t kept = TSCNC_SELECT(count_bits)(matrix.data, matrix.bytes);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(rows < kMost && width < kMost && kept <= kMost, kOp,
+                  ": more than 2^31 - 1 rows, columns or kept entries");
+  Tensor row_pointers = new_index(bits, rows + 1), columns = new_index(bits, kept);
+  Tensor column_pointers = new_index(bits, width + 1), column_rows = new_index(bits, kept);
+  Tensor permutation = new_index(bits, kept);
+  const Index by_row{rows, width, index_pointer(row_pointers), index_pointer(columns)};
+  const Index by_column{width, rows, index_pointer(column_pointers), index_pointer(column_rows)};
+  TSCNC_SELECT(list_bits)(matrix, kept, by_row.pointers, by_row.columns);
+  if (kept < rows * width / kSortedBelow) {
+    sort_by_column(by_row, by_column, index_pointer(permutation));
+  } else {
+    list_by_column(matrix, by_row, by_column, index_pointer(permutation));
+  }
+  return {row_pointers, columns, column_pointers, column_rows, permutation};
 }
 
 Tensor sparsity_unpack(const Tensor& bits, int64_t rows, int64_t width) {
+  const BitRows matrix = bit_rows("sparsity_unpack", bits, rows, width);
   const int64_t count = rows * width;
-  STD_TORCH_CHECK(bits.is_cpu() && bits.is_contiguous() && bits.scalar_type() == ScalarType::Byte &&
-                      rows >= 0 && width >= 0 && bits.numel() == (count + 7) / 8,
-                  "sparsity_unpack: expected contiguous uint8 bits for ", rows, " x ", width,
-                  " entries, got ", bits.numel(), " bytes");
   Tensor mask = torch::stable::new_empty(bits, {rows, width}, ScalarType::Bool);
-  const auto* source = static_cast<const uint8_t*>(bits.const_data_ptr());
   auto* target = static_cast<uint8_t*>(mask.mutable_data_ptr());
   for (int64_t begin = 0; begin < count; begin += 8) {
     // A copy of the byte in each byte of the word; byte i keeps bit i, which is then moved down.
-    const uint64_t spread = (source[begin / 8] * kLowBits) & 0x8040201008040201;
-    const uint64_t flags = byte_flags(spread);
+    const uint64_t spread = (matrix.data[begin / 8] * 0x0101010101010101) & 0x8040201008040201;
+    const uint64_t flags = ((spread + 0x7f7f7f7f7f7f7f7f) >> 7) & 0x0101010101010101;
     std::memcpy(target + begin, &flags, static_cast<size_t>(count - begin < 8 ? count - begin : 8));
   }
   return mask;
 }
 
-// For every kept entry of the new pattern its index among the old pattern's entries, or -1.
-Tensor sparsity_mapping(const Tensor& old_pointers, const Tensor& old_columns,
-                        const Tensor& new_pointers, const Tensor& new_columns) {
+// For every kept entry of the new mask its place among the old mask's entries, or -1.
+Tensor sparsity_mapping(const Tensor& old_bits, const Tensor& new_bits) {
   constexpr char kOp[] = "sparsity_mapping";
-  const int64_t kept = old_columns.numel(), wanted = new_columns.numel();
-  const int32_t* old_pointer = pointer_data(kOp, old_pointers, kept, "old_pointers");
-  const int32_t* old_column = index_data(kOp, old_columns, kept, "old_columns");
-  const int32_t* new_pointer = pointer_data(kOp, new_pointers, wanted, "new_pointers");
-  const int32_t* new_column = index_data(kOp, new_columns, wanted, "new_columns");
-  const int64_t rows = old_pointers.numel() - 1;
-  STD_TORCH_CHECK(new_pointers.numel() - 1 == rows, kOp,
-                  ": expected patterns of as many rows, got ", rows, " and ",
-                  new_pointers.numel() - 1);
-  Tensor mapping = torch::stable::new_empty(new_columns, {wanted}, ScalarType::Long);
-  auto* result = static_cast<int64_t*>(mapping.mutable_data_ptr());
-  for (int64_t row = 0; row < rows; ++row) {
-    int32_t i = old_pointer[row];
-    for (int32_t j = new_pointer[row]; j < new_pointer[row + 1]; ++j) {
-      while (i < old_pointer[row + 1] && old_column[i] < new_column[j]) ++i;
-      const bool kept = i < old_pointer[row + 1] && old_column[i] == new_column[j];
-      result[j] = kept ? i : -1;
-    }
-  }
+  const BitRows before = bit_rows(kOp, old_bits, old_bits.numel(), 8);
+  const BitRows after = bit_rows(kOp, new_bits, old_bits.numel(), 8);
+  const int64_t kept = TSCNC_SELECT(count_bits)(after.data, after.bytes);
+  Tensor mapping = torch::stable::new_empty(new_bits, {kept}, ScalarType::Long);
+  TSCNC_SELECT(map_bits)(before.data, after.data, before.bytes,
+                         static_cast<int64_t*>(mapping.mutable_data_ptr()));
   return mapping;
+}
+
+// Where the bits are set.
+Tensor sparsity_places(const Tensor& bits) {
+  constexpr char kOp[] = "sparsity_places";
+  const BitRows all = bit_rows(kOp, bits, 1, bits.numel() * 8);
+  STD_TORCH_CHECK(all.width < std::numeric_limits<int32_t>::max(), kOp,
+                  ": more than 2^31 - 1 bits");
+  const int64_t count = TSCNC_SELECT(count_bits)(all.data, all.bytes);
+  Tensor places = new_index(bits, count);
+  int32_t ends[2];
+  TSCNC_SELECT(list_bits)(all, count, ends, index_pointer(places));
+  return places;
+}
+
+// values[mapping], zero where the mapping is -1.
+Tensor sparsity_remap(const Tensor& values, const Tensor& mapping) {
+  constexpr char kOp[] = "sparsity_remap";
+  STD_TORCH_CHECK(values.is_cpu() && values.is_contiguous() && values.dim() == 1, kOp,
+                  ": expected contiguous values on the CPU, got ", values.dim(), " dimensions");
+  STD_TORCH_CHECK(mapping.is_cpu() && mapping.is_contiguous() && mapping.dim() == 1 &&
+                      mapping.scalar_type() == ScalarType::Long,
+                  kOp, ": expected a mapping of contiguous int64 entries on the CPU");
+  const int64_t kept = values.numel(), wanted = mapping.numel();
+  Tensor carried = torch::stable::new_empty(values, {wanted});
+  const auto* source = static_cast<const uint8_t*>(values.const_data_ptr());
+  auto* target = static_cast<uint8_t*>(carried.mutable_data_ptr());
+  const auto* places = static_cast<const int64_t*>(mapping.const_data_ptr());
+  const auto carry = [&](auto entry_size) {
+    bool inside = true;
+    for (int64_t j = 0; j < wanted && inside; ++j) {
+      inside = places[j] >= -1 && places[j] < kept;
+      if (!inside || places[j] < 0) {
+        std::memset(target + j * entry_size, 0, entry_size);
+      } else {
+        std::memcpy(target + j * entry_size, source + places[j] * entry_size, entry_size);
+      }
+    }
+    STD_TORCH_CHECK(inside, kOp, ": expected places from -1 to ", kept - 1);
+  };
+  // A copy of a size that the compiler knows is one instruction.
+  const size_t size = values.element_size();
+  if (size == 4) {
+    carry(std::integral_constant<size_t, 4>{});
+  } else if (size == 2) {
+    carry(std::integral_constant<size_t, 2>{});
+  } else {
+    carry(size);
+  }
+  return carried;
 }
 
 // The largest power of two up to 64 that divides both.
@@ -202,19 +242,23 @@ Tensor sparsity_block_shape(const Tensor& row_pointers, const Tensor& columns, i
 }  // namespace tscnc
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
+  m.def("sparsity_pack(Tensor mask) -> Tensor");
   m.def(
-      "sparsity_build(Tensor mask) -> (Tensor bits, Tensor row_pointers, Tensor columns, "
+      "sparsity_build(Tensor bits, int rows, int width) -> (Tensor row_pointers, Tensor columns, "
       "Tensor column_pointers, Tensor column_rows, Tensor permutation)");
   m.def("sparsity_block_shape(Tensor row_pointers, Tensor columns, int width) -> Tensor");
   m.def("sparsity_unpack(Tensor bits, int rows, int width) -> Tensor");
-  m.def(
-      "sparsity_mapping(Tensor old_pointers, Tensor old_columns, Tensor new_pointers, "
-      "Tensor new_columns) -> Tensor");
+  m.def("sparsity_mapping(Tensor old_bits, Tensor new_bits) -> Tensor");
+  m.def("sparsity_places(Tensor bits) -> Tensor");
+  m.def("sparsity_remap(Tensor values, Tensor mapping) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
+  m.impl("sparsity_pack", TORCH_BOX(&tscnc::sparsity_pack));
   m.impl("sparsity_build", TORCH_BOX(&tscnc::sparsity_build));
   m.impl("sparsity_block_shape", TORCH_BOX(&tscnc::sparsity_block_shape));
   m.impl("sparsity_unpack", TORCH_BOX(&tscnc::sparsity_unpack));
   m.impl("sparsity_mapping", TORCH_BOX(&tscnc::sparsity_mapping));
+  m.impl("sparsity_places", TORCH_BOX(&tscnc::sparsity_places));
+  m.impl("sparsity_remap", TORCH_BOX(&tscnc::sparsity_remap));
 }

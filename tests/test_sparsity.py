@@ -195,29 +195,65 @@ def test_native_ops_have_fakes_and_refuse_what_would_read_out_of_bounds():
     ops = torch.ops.tscnc_kernels
     pattern = SparsityPattern.from_mask(SMALL)
     index = pattern.row_pointers, pattern.columns
-    torch.library.opcheck(ops.sparsity_build.default, (SMALL,))
+    torch.library.opcheck(ops.sparsity_pack.default, (SMALL,))
+    torch.library.opcheck(ops.sparsity_build.default, (pattern.bits, 3, 3))
     torch.library.opcheck(ops.sparsity_block.default, (*index, 3))
     torch.library.opcheck(ops.sparsity_unpack.default, (pattern.bits, 3, 3))
-    torch.library.opcheck(ops.sparsity_mapping.default, (*index, *index))
-    with pytest.raises(RuntimeError, match="sparsity_unpack"):
-        ops.sparsity_unpack(pattern.bits, 30, 3)
-    with pytest.raises(RuntimeError, match="rise from 0 to 2"):
-        ops.sparsity_mapping(*index, pattern.row_pointers, pattern.columns[:2])
-    with pytest.raises(RuntimeError, match="as many rows, got 3 and 1"):
-        ops.sparsity_mapping(*index, torch.tensor([0, 4], dtype=torch.int32), pattern.columns)
+    torch.library.opcheck(ops.sparsity_mapping.default, (pattern.bits, pattern.bits))
+    torch.library.opcheck(ops.sparsity_places.default, (pattern.bits,))
+    torch.library.opcheck(ops.sparsity_remap.default, (torch.ones(4), torch.tensor([3, -1])))
+    for op in (ops.sparsity_unpack, ops.sparsity_build):
+        with pytest.raises(RuntimeError, match="bits for 30 x 3 entries, got 2 bytes"):
+            op(pattern.bits, 30, 3)
+        with pytest.raises(RuntimeError, match="zeros behind the last of 9 bits"):
+            op(pattern.bits | 0b10, 3, 3)
+    with pytest.raises(RuntimeError, match="got 1 bytes"):
+        ops.sparsity_mapping(pattern.bits, pattern.bits[:1])
+    with pytest.raises(RuntimeError, match="contiguous boolean CPU mask"):
+        ops.sparsity_pack(SMALL.t())
+
+
+@pytest.mark.parametrize("place", [-2, 4, 10**12])
+def test_values_are_carried_from_no_place_outside(place):
+    with pytest.raises(RuntimeError, match="places from -1 to 3"):
+        remap(torch.ones(4), torch.tensor([0, place, 1]))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex128, torch.uint8]
+)
+def test_values_of_any_dtype_and_stride_are_carried(dtype):
+    values = torch.arange(1, 13).to(dtype)[::2]
+    mapping = torch.tensor([5, -1, 0, -1, 2])
+    assert remap(values, mapping).tolist() == [11, 0, 1, 0, 5]
+    assert remap(values, mapping).dtype == dtype
+
+
+@pytest.mark.parametrize("density", [0.0, 0.004, 0.03, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("size", [(1, 3), (64, 256), (130, 127), (65, 513), (500, 9)])
+def test_every_density_and_size_is_listed_in_both_orders(density, size, isa):
+    """From a few set bits per row to many per byte, and rows that begin within a byte."""
+    mask = torch.rand(size) < density
+    pattern = SparsityPattern.from_mask(mask)
+    rows, columns = mask.nonzero(as_tuple=True)
+    order = columns.argsort(stable=True)
+    counts = mask.sum(1).cumsum(0), mask.sum(0).cumsum(0)
+    assert torch.equal(pattern.row_pointers[1:].long(), counts[0])
+    assert torch.equal(pattern.column_pointers[1:].long(), counts[1])
+    assert torch.equal(pattern.columns.long(), columns)
+    assert torch.equal(pattern.permutation.long(), order)
+    assert torch.equal(pattern.column_rows.long(), rows[order])
+    assert torch.equal(pattern.mask, mask)
+    assert SparsityPattern.from_bits(pattern.bits, size) == pattern
+    changed = mask.roll(1, 1) | (torch.rand(size) < 0.01)
+    new, mapping = pattern.update(changed)
+    places = torch.full(size, -1)
+    places[mask] = torch.arange(pattern.nnz)
+    assert torch.equal(mapping, places[changed])
+    assert new == SparsityPattern.from_mask(changed)
 
 
 FAR = 10**8
-
-
-@pytest.mark.parametrize("pointers", [[0, FAR, 4, 4], [-FAR, 2, 2, 4], [0, 2, -FAR, 4], [0, 0, 0]])
-def test_a_mapping_reads_no_row_pointers_that_lead_outside(pointers):
-    pattern = SparsityPattern.from_mask(SMALL)
-    good = pattern.row_pointers, pattern.columns
-    bad = torch.tensor(pointers, dtype=torch.int32), pattern.columns
-    for old, new in ((good, bad), (bad, good)):
-        with pytest.raises(RuntimeError, match="pointers that rise from 0 to 4"):
-            torch.ops.tscnc_kernels.sparsity_mapping(*old, *new)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tscnc_kernels import _build as _build  # loads the library that registers the native ops
+from tscnc_kernels import _sparsity_native as _sparsity_native  # registers the native ops
 
 _native = torch.ops.tscnc_kernels
 
@@ -89,9 +89,8 @@ class SparsityPattern:
             ValueError: not 2 or 4 dimensions, or no entries.
         """
         _check_mask(mask)
-        matrix = mask.detach().reshape(mask.shape[0], -1).contiguous().cpu()
-        index = _native.sparsity_build(matrix)
-        return cls(tuple(mask.shape), *(tensor.to(mask.device) for tensor in index))
+        bits = _native.sparsity_pack(mask.detach().cpu().contiguous())
+        return cls._from_packed(bits, tuple(mask.shape)).to(mask.device)
 
     @classmethod
     def from_bits(cls, bits: Tensor, shape: Sequence[int]) -> "SparsityPattern":
@@ -121,7 +120,13 @@ class SparsityPattern:
                 f"expected {size} bytes of mask bits for shape {tuple(shape)}, "
                 f"got shape {tuple(bits.shape)}"
             )
-        return cls.from_mask(_unpack(bits, tuple(shape)))
+        packed = bits.detach().cpu().clone(memory_format=torch.contiguous_format)
+        packed[-1:] &= 0xFF >> (8 * size - math.prod(shape))
+        return cls._from_packed(packed, tuple(shape)).to(bits.device)
+
+    @classmethod
+    def _from_packed(cls, bits: Tensor, shape: tuple[int, ...]) -> "SparsityPattern":
+        return cls(shape, bits, *_native.sparsity_build(bits, shape[0], math.prod(shape[1:])))
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -233,6 +238,10 @@ class SparsityPattern:
     def update(self, mask: Tensor) -> tuple["SparsityPattern", Tensor]:
         """The pattern of a changed mask, and where its values come from.
 
+        The packed bits of both masks are compared 64 at a time. The index is built anew from them:
+        a moved entry shifts the places of others in both orders, so that editing a copy saves
+        little of the pass that listing the bits takes.
+
         Args:
             mask: bool tensor of `shape`.
 
@@ -249,9 +258,21 @@ class SparsityPattern:
         if tuple(mask.shape) != self.shape:
             raise ValueError(f"expected mask of shape {self.shape}, got {tuple(mask.shape)}")
         pattern = SparsityPattern.from_mask(mask.to(self.device))
-        indices = self.row_pointers, self.columns, pattern.row_pointers, pattern.columns
-        mapping = _native.sparsity_mapping(*(index.cpu() for index in indices))
-        return pattern, mapping.to(self.device)
+        return pattern, self.mapping_to(pattern)
+
+    def mapping_to(self, pattern: "SparsityPattern") -> Tensor:
+        """Where the values of another pattern of this shape come from, see `update`.
+
+        Of the old entries it reads the packed bits only, 64 at a time.
+        """
+        mapping: Tensor = _native.sparsity_mapping(self.bits.cpu(), pattern.bits.cpu())
+        return mapping.to(self.device)
+
+    def changes_to(self, pattern: "SparsityPattern") -> tuple[Tensor, ...]:
+        """Where another pattern of this shape differs: an int64 index per dimension."""
+        differing = self.bits.cpu() ^ pattern.bits.cpu()
+        places = _native.sparsity_places(differing).long().to(self.device)
+        return torch.unravel_index(places, self.shape)
 
     def to(self, device: torch.device | str) -> "SparsityPattern":
         """The pattern on a device; itself if it is there already."""
@@ -319,6 +340,8 @@ def remap(values: Tensor, mapping: Tensor) -> Tensor:
     Returns:
         (new nnz,) tensor of the new pattern.
     """
+    if values.device.type == "cpu" and not values.requires_grad:
+        return _native.sparsity_remap(values.contiguous(), mapping)  # type: ignore[no-any-return]
     return torch.cat([values, values.new_zeros(1)])[mapping]
 
 
@@ -333,38 +356,3 @@ def unpack_reference(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The mask of packed bits in plain torch, for any device."""
     spread = bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (spread & 1).bool().flatten()[: math.prod(shape)].reshape(shape)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_build")
-def _(mask: Tensor) -> tuple[Tensor, ...]:
-    rows, width = mask.shape
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    bits = mask.new_empty(((rows * width + 7) // 8,), dtype=torch.uint8)
-    sizes = (rows + 1, nnz, width + 1, nnz, nnz)
-    return bits, *(mask.new_empty((size,), dtype=torch.int32) for size in sizes)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_block")
-def _(pointers: Tensor, columns: Tensor, width: int) -> Tensor:
-    rows, kept = pointers.shape[0] - 1, columns.shape[0]
-    step = 96 if 10 * kept > 3 * rows * width else 128
-    blocks, tiles = -(-width // step), -(-rows // 256)
-    size = 40 + 4 * (tiles * blocks + 1) + rows * blocks + kept
-    return pointers.new_empty((size,), dtype=torch.uint8)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_block_shape")
-def _(row_pointers: Tensor, columns: Tensor, width: int) -> Tensor:
-    return columns.new_empty((2,), dtype=torch.int64)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_unpack")
-def _(bits: Tensor, rows: int, width: int) -> Tensor:
-    return bits.new_empty((rows, width), dtype=torch.bool)
-
-
-@torch.library.register_fake("tscnc_kernels::sparsity_mapping")
-def _(
-    old_pointers: Tensor, old_columns: Tensor, new_pointers: Tensor, new_columns: Tensor
-) -> Tensor:
-    return new_columns.new_empty(new_columns.shape, dtype=torch.int64)

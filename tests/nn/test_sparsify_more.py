@@ -152,3 +152,18 @@ def test_dense_grad_gives_gradients_where_weights_are_pruned(make, plain, shape)
         make(plain, kept, "values", dense_grad=True)
     with pytest.raises(ValueError, match="none, relu, gelu, got 'tanh'"):
         make(plain, kept, activation="tanh")
+
+
+@pytest.mark.parametrize("off_before_the_update", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_update_masks_clears_a_dense_gradient_everywhere(off_before_the_update, layout):
+    kept = torch.rand(6, 4, 3, 3) < 0.3
+    convolution = nn.Conv2d(4, 6, 3).to(memory_format=layout)
+    layer = MaskedConv2d.from_conv(convolution, kept, dense_grad=True)
+    layer(torch.randn(2, 4, 5, 5)).square().sum().backward()
+    weight, gradient = layer.weight.detach().clone(), layer.weight.grad.clone()
+    layer.dense_grad = not off_before_the_update
+    new = torch.rand(6, 4, 3, 3) < 0.3
+    update_masks(nn.Sequential(layer), {"0.weight": new})
+    assert torch.equal(layer.weight.detach(), weight * (kept & new))
+    assert torch.equal(layer.weight.grad, gradient * (kept & new))

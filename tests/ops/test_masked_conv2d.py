@@ -200,32 +200,6 @@ def test_every_kind_of_convolution(name, isa):
     compare(torch.randn(5, 6, 9, 10, dtype=torch.float64), shape, **kwargs)
 
 
-def draw(generator: torch.Generator, low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_random_convolutions(seed):
-    """Seeded random shapes and parameters, whatever they combine to."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def two(low: int, high: int) -> tuple[int, int]:
-        return draw(generator, low, high), draw(generator, low, high)
-
-    groups, kernel = draw(generator, 1, 3), two(1, 4)
-    shape = (groups * draw(generator, 1, 9), draw(generator, 1, 9), *kernel)
-    kwargs = {"stride": two(1, 3), "padding": two(0, 3), "dilation": two(1, 3), "groups": groups}
-    least = [d * (k - 1) + 1 for d, k in zip(kwargs["dilation"], kernel, strict=True)]
-    size = [n + draw(generator, 0, 20) for n in least]
-    images = (draw(generator, 1, 18), shape[1] * groups, *size)
-    input = torch.randn(images, generator=generator, dtype=torch.float64)
-    if draw(generator, 0, 1):
-        input = input.contiguous(memory_format=torch.channels_last)
-    kind = MASKS[draw(generator, 0, len(MASKS) - 1)]
-    activation = ("none", "relu", "gelu")[draw(generator, 0, 2)]
-    compare(input, shape, kind, 1e-11, activation, **kwargs)
-
-
 @pytest.mark.parametrize("batch", [3, 20])
 def test_same_bits_for_any_thread_count_where_threads_are_used(batch):
     kept = pattern(48, 40, 3, 3)

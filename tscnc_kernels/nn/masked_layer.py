@@ -117,22 +117,23 @@ class MaskedLayer(nn.Module):
             mask: bool tensor of the weight's shape.
 
         Returns:
-            The function that carries any tensor of the old weight's shape over to the new mask.
+            The function that carries any tensor of the old weight's shape over to the new mask; in
+            dense mode it changes the tensor itself, where the masks differ.
 
         Raises:
             TypeError: the mask is not boolean.
             ValueError: another shape, or a weight that a parametrization computes.
         """
+        self._check_weight()
+        return self._take_pattern(self._pattern.update(mask)[0])
+
+    def _check_weight(self) -> None:
         if "weight" not in self._parameters:
             raise ValueError("expected the weight to be a Parameter, got a computed weight")
-        pattern, mapping = self._pattern.update(mask)
-        dropped = ~(self._pattern.mask & pattern.mask)
 
-        def carry(tensor: Tensor) -> Tensor:
-            if self.mode == "dense":
-                return tensor.masked_fill(dropped.to(tensor.device), 0)
-            return remap(tensor, mapping.to(tensor.device))
-
+    @torch.no_grad()
+    def _take_pattern(self, pattern: SparsityPattern) -> Callable[[Tensor], Tensor]:
+        carry = self._carrying_to(pattern)
         gradient = self.weight.grad
         self.weight.grad = None
         self.weight.data = carry(self.weight.data)
@@ -140,9 +141,31 @@ class MaskedLayer(nn.Module):
         if not self.weight.is_inference():
             torch.autograd.graph.increment_version(self.weight)
         if gradient is not None:
-            self.weight.grad = carry(gradient)
+            # A dense_grad that was switched off since leaves it non-zero off the masks.
+            clear = self._lost(pattern) if self.mode == "dense" else carry
+            self.weight.grad = clear(gradient)
         self._pattern = pattern
         return carry
+
+    def _lost(self, pattern: SparsityPattern) -> Callable[[Tensor], Tensor]:
+        """Clears all but what both masks keep."""
+        lost = ~(self._pattern.mask & pattern.mask)
+        return lambda tensor: tensor.masked_fill(lost.to(tensor.device), 0)
+
+    def _carrying_to(self, pattern: SparsityPattern) -> Callable[[Tensor], Tensor]:
+        if self.mode == "values":
+            mapping = self._pattern.mapping_to(pattern)
+            return lambda values: remap(values, mapping.to(values.device))
+        if self.dense_grad:
+            # What an optimizer made of such gradients is not zero off the masks.
+            return self._lost(pattern)
+        changed = self._pattern.changes_to(pattern)
+
+        def clear(tensor: Tensor) -> Tensor:
+            tensor = tensor.clone() if tensor.is_inference() else tensor
+            return tensor.index_put_(changed, tensor.new_zeros(()))
+
+        return clear
 
     def _options_repr(self) -> str:
         activation = f", activation={self.activation!r}" if self.activation != "none" else ""

@@ -277,11 +277,11 @@ def update_masks(
                 f"expected {name!r} to be a masked layer, got {type(layer).__name__}; "
                 "run nn.sparsify with its mask first"
             )
-        _pattern(model, name, mask)
-        layers.append((layer, mask))
-    for layer, mask in layers:
+        layer._check_weight()
+        layers.append((layer, _pattern(model, name, mask).to(layer.pattern.device)))
+    for layer, pattern in layers:
         shape = layer.weight.shape
-        carry = layer.set_mask(mask)
+        carry = layer._take_pattern(pattern)
         if isinstance(optimizer, MaskedOptimizer):
             continue
         state = optimizer.state.get(layer.weight, {}) if optimizer is not None else {}

@@ -228,8 +228,7 @@ def _carry(
 ) -> None:
     """Bring a weight's state from the pattern that it was made for to the present one."""
     if held is not None and pattern is not None and held != pattern:
-        index = held.row_pointers, held.columns, pattern.row_pointers, pattern.columns
-        mapping = torch.ops.tscnc_kernels.sparsity_mapping(*(tensor.cpu() for tensor in index))
+        mapping = held.mapping_to(pattern)
         for key in _kept_keys(state, (held.nnz,)):
             state[key] = remap(state[key], mapping.to(state[key].device))
     elif held is not None and pattern is None and dense:
