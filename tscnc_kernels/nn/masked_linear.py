@@ -30,6 +30,9 @@ class MaskedLinear(MaskedLayer):
 
     Attributes:
         activation: "none", "relu" or "gelu"; fused into the product.
+        feature_major: give the result with strides (1, B) for B samples, as another masked layer
+            reads it fastest; element-wise modules between keep it so. A `view` of the result that
+            mixes features and samples fails then. `nn.sparsify` sets it where it is safe.
         dense_grad: give the weight's gradient off the mask too, in dense mode, as pruning scores
             and regrowth need it. An optimizer step would then fill the pruned entries.
 
@@ -40,6 +43,7 @@ class MaskedLinear(MaskedLayer):
         pattern: SparsityPattern of shape (N, K).
         mode: "dense" or "values".
         activation: see above.
+        feature_major: see above.
         dense_grad: see above.
         device: device of the parameters; the pattern follows.
         dtype: dtype of the parameters.
@@ -51,6 +55,7 @@ class MaskedLinear(MaskedLayer):
     """
 
     op = "masked_linear"
+    feature_major: bool = False
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class MaskedLinear(MaskedLayer):
         pattern: SparsityPattern,
         mode: str = "dense",
         activation: str = "none",
+        feature_major: bool = False,
         dense_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -71,6 +77,7 @@ class MaskedLinear(MaskedLayer):
         self.out_features = out_features
         self.mode = mode
         self.activation = activation
+        self.feature_major = feature_major
         self.dense_grad = dense_grad
         check_options(mode, activation, dense_grad)
         self._make_parameters(pattern, bias, device, dtype)
@@ -83,6 +90,7 @@ class MaskedLinear(MaskedLayer):
         mode: str = "dense",
         *,
         activation: str = "none",
+        feature_major: bool = False,
         dense_grad: bool = False,
     ) -> "MaskedLinear":
         """A layer with the mask that takes over a Linear's parameters.
@@ -96,6 +104,7 @@ class MaskedLinear(MaskedLayer):
             mask: (N, K) bool tensor or SparsityPattern.
             mode: "dense" or "values".
             activation: "none", "relu" or "gelu", applied to the result.
+            feature_major: see the class.
             dense_grad: see the class.
 
         Returns:
@@ -115,6 +124,7 @@ class MaskedLinear(MaskedLayer):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.mode, layer.activation, layer.dense_grad = mode, activation, dense_grad
+        layer.feature_major = feature_major
         layer._take_over(linear, pattern)
         return layer.train(linear.training)
 
@@ -142,13 +152,16 @@ class MaskedLinear(MaskedLayer):
             and input.dtype == weight.dtype
             and input.dim() > 0
             and input.shape[-1] == pattern.shape[1]
-            and input.device == pattern.device
-            and not torch.is_autocast_enabled(input.device.type)
+            and (device := input.device) == pattern.device
+            and not torch.is_autocast_enabled(device.type)
         )
+        if not usual:
+            weight, bias = self.weight, self.bias
         return (masked_linear_unchecked if usual else masked_linear)(
-            *(input, self.weight, pattern, bias if usual else self.bias, self.activation),
+            *(input, weight, pattern, bias, self.activation),
             dense_grad=self.dense_grad,
             assume_masked=not self.dense_grad,
+            feature_major=self.feature_major,
         )
 
     def extra_repr(self) -> str:
@@ -156,5 +169,6 @@ class MaskedLinear(MaskedLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, mode={self.mode!r}, "
-            f"sparsity={1 - pattern.density:.2%}, nnz={pattern.nnz}" + self._options_repr()
+            f"sparsity={1 - pattern.density:.2%}, nnz={pattern.nnz}"
+            f"{', feature_major=True' if self.feature_major else ''}" + self._options_repr()
         )
