@@ -21,13 +21,14 @@ def wanted_gradients(ctx: Any, inputs: Sequence[Tensor | None]) -> list[bool]:
         inputs: the first arguments of `forward`; None for a missing one.
     """
     needed = list(ctx.needs_input_grad[: len(inputs)])
-    # The engine runs no backward pass for nothing.
+    # The engine runs no node for nothing.
     if sum(needed) < 2 or not is_eager():
         return needed
     nodes = iter(ctx.next_functions)
     for index, tensor in enumerate(inputs):
-        node = None if tensor is None else next(nodes)[0]
-        needed[index] = needed[index] and node is not None and _runs(node)
+        if tensor is not None:
+            node, _ = next(nodes)
+            needed[index] = node is not None and _runs(node)
     return needed
 
 

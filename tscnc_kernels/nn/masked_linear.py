@@ -1,5 +1,7 @@
 """MaskedLinear: nn.Linear on the kept entries of its weight."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,9 +143,10 @@ class MaskedLinear(MaskedLayer):
         """The product act(x (W ∘ M)ᵀ + b), (..., N), for an input x of shape (..., K)."""
         if torch.compiler.is_exporting() or torch._C._get_tracing_state():
             return activate(F.linear(input, self.dense_weight, self.bias), self.activation)
-        parameters = self._parameters
+        parameters, pattern = self._parameters, self._pattern
         # What a parametrization computes is no longer among the parameters.
-        weight, bias, pattern = parameters.get("weight"), parameters.get("bias"), self._pattern
+        weight: Any = parameters.get("weight")
+        bias = parameters.get("bias")
         # The constructor has checked the rest; every microsecond counts for a small layer.
         usual = (
             type(input) is Tensor

@@ -292,7 +292,7 @@ class _EagerFunction(torch.autograd.Function):
     backward = MaskedLinearFunction.backward
 
 
-_apply_eagerly = eager_apply(_EagerFunction)
+_apply_eagerly = eager_apply(_EagerFunction, tensors=3)
 
 
 def masked_linear(
