@@ -272,6 +272,8 @@ class MaskedLinearFunction(torch.autograd.Function):
                 grad_output, z, input, weight, pattern, activation, dense_grad, needs
             )
         else:
+            # Without an activation nothing is saved, and nothing reads it.
+            saved = grad_output if saved is None else saved
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
         return *gradients, None, None
 
@@ -281,12 +283,11 @@ class _EagerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
-        output, saved = _forward(input, weight, bias, pattern, options, save=True)
+        output, preactivation = _forward(input, weight, bias, pattern, options, save=True)
+        saved = {"none": None, "relu": output, "gelu": preactivation}[options.activation]
         ctx.options, ctx.pattern = options, pattern
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            output if options.activation == "relu" else saved, input, weight, bias
-        )
+        ctx.save_for_backward(saved, input, weight, bias)
         return output
 
     backward = MaskedLinearFunction.backward
@@ -380,7 +381,8 @@ def masked_linear_unchecked(
     """`masked_linear` on arguments that its checks have passed, and without autocast."""
     chosen = _backend.select("masked_linear", pattern.device, backend)
     flat = input if input.dim() == 2 else input.reshape(-1, pattern.shape[1])
-    bias = None if bias is None else bias.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     eager = is_eager()
     call = Call.of(flat, weight, assume_masked, feature_major) if eager else None
     algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
