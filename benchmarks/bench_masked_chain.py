@@ -1,7 +1,8 @@
 """Benchmark of three masked layers in a row, with ReLU between, as in a pruned perceptron.
 
-Consecutive sparse layers can leave the activations in the layout that the next one reads
-("sparsify"), where single layers convert them at every call ("layer by layer"). A step is the
+Consecutive sparse layers can leave the activations in the layout that the next one reads, which
+`sparsify` does ("sparsify") unless it is told not to ("row-major"); both fuse the activations into
+the products, which single calls do not ("layer by layer"). A step is the
 forward product and all gradients. Work is counted on the kept entries: 6·B·nnz flops per layer. The
 peer "torch.sparse.mm CSR" keeps the activations feature-major between the layers as well.
 """
@@ -101,6 +102,13 @@ def _sparsify(
     return _timed(model, list(model.parameters()), input, gradient)
 
 
+def _row_major(
+    case: Case, model: nn.Sequential, masks: dict[str, Tensor], input: Tensor, gradient: Tensor
+) -> Timed:
+    masked_nn.sparsify(model, masks, mode="values", feature_major=False)
+    return _timed(model, list(model.parameters()), input, gradient)
+
+
 def _single(
     case: Case, model: nn.Sequential, masks: dict[str, Tensor], input: Tensor, gradient: Tensor
 ) -> Timed:
@@ -164,6 +172,7 @@ CASES = [_case(shape, s) for shape in SHAPES for s in SPARSITIES]
 QUICK = [_case(SHAPES[0], 0.99)]
 PROVIDERS = [
     Provider("ours, sparsify", _sparsify),
+    Provider("ours, row-major", _row_major),
     Provider("ours, layer by layer", _single),
     Provider("dense", _dense),
     Provider("SparseProp", _sparseprop),

@@ -14,6 +14,7 @@
 #include "masked_linear_block_run.h"
 #include "masked_linear_blocked.h"
 #include "masked_linear_checks.h"
+#include "masked_linear_matrices.h"
 #include "masked_linear_small_run.h"
 #include "scratch.h"
 #include "sparse_index.h"
@@ -47,13 +48,6 @@ SparseRows sparse_rows(const Tensor& pointers, const Tensor& columns, int64_t wi
   const int32_t* entries = checked ? bounded_index(kOp, columns, kept, width, columns_name)
                                    : index_data(kOp, columns, kept, columns_name);
   return {begin, entries, pointers.numel() - 1, width};
-}
-
-template <class T>
-Samples<T> samples(const Tensor& tensor, const T* saved = nullptr,
-                   Activation activation = Activation::none) {
-  return {data<T>(tensor),  tensor.size(0), tensor.size(1), tensor.stride(0),
-          tensor.stride(1), saved,          activation};
 }
 
 template <class Function>
@@ -91,7 +85,7 @@ Tensor kept_values(const Tensor& weight, const SparseRows& structure) {
     return in_dtype(weight.is_contiguous() ? weight : torch::stable::contiguous(weight), working);
   }
   check_matrix(weight, structure.rows, structure.width, weight.scalar_type(), "weight");
-  Tensor values = torch::stable::new_empty(weight, {kept});
+  const Tensor values = new_vector(kept, weight.scalar_type());
   const T* source = data<T>(weight);
   T* target = static_cast<T*>(values.mutable_data_ptr());
   const int64_t row_stride = weight.stride(0), column_stride = weight.stride(1);
@@ -160,13 +154,13 @@ void run_weight_gradient(const MaskedWeightGradient<T>& call) {
 std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
                                              std::optional<Tensor> bias, Tensor row_pointers,
                                              Tensor columns, int64_t activation, int64_t algorithm,
-                                             bool save_preactivation) {
+                                             bool save_preactivation, bool feature_major) {
   const Algorithm chosen = algorithm_of(algorithm);
   STD_TORCH_CHECK(input.dim() == 2, kOp, ": expected input to be a matrix, got ", input.dim(),
                   " dimensions");
   if (chosen == Algorithm::blocked) {
     return blocked_linear(input, weight, bias, row_pointers, columns, activation,
-                          save_preactivation);
+                          save_preactivation, feature_major);
   }
   const SparseRows structure = sparse_rows(row_pointers, columns, input.size(1), "row_pointers",
                                            "columns", !is_small(chosen) || weight.dim() == 2);
@@ -174,21 +168,20 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
   const ScalarType dtype = input.scalar_type();
   check_matrix(input, input.size(0), structure.width, dtype, "input");
   check_operands(input, weight, bias, structure.rows);
-  Tensor output = torch::stable::new_empty(input, {input.size(0), structure.rows});
-  const int64_t saved_rows = save_preactivation ? input.size(0) : 0;
-  Tensor preactivation = torch::stable::new_empty(input, {saved_rows, structure.rows});
+  const Tensor output = new_matrix(input.size(0), structure.rows, dtype, feature_major);
+  const Tensor preactivation =
+      new_matrix(save_preactivation ? input.size(0) : 0, structure.rows, dtype, feature_major);
   dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Tensor values = kept_values<T>(weight, structure);
-    const MaskedProduct<T> call = {
-        structure,
-        data<Working<T>>(values),
-        samples<T>(input),
-        bias.has_value() ? data<T>(*bias) : nullptr,
-        act,
-        static_cast<T*>(output.mutable_data_ptr()),
-        save_preactivation ? static_cast<T*>(preactivation.mutable_data_ptr()) : nullptr,
-        1};
+    const MaskedProduct<T> call = {structure,
+                                   data<Working<T>>(values),
+                                   samples<T>(input),
+                                   bias.has_value() ? data<T>(*bias) : nullptr,
+                                   act,
+                                   results<T>(output),
+                                   save_preactivation ? results<T>(preactivation) : Results<T>{},
+                                   1};
     if (is_small(chosen)) return run_small_product<T>(call, chosen == Algorithm::spmv);
     chosen == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
   });
@@ -204,7 +197,7 @@ struct Structure {
 // Row-major values in the order of the transposed index, or the inverse.
 template <class T>
 Tensor reordered(const Tensor& values, const Structure& structure, bool inverse) {
-  const Tensor ordered = torch::stable::empty_like(values);
+  const Tensor ordered = new_vector(values.numel(), values.scalar_type());
   const auto* source = data<Working<T>>(values);
   auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
   const SparseRows& transposed = structure.transposed;
@@ -222,19 +215,19 @@ Tensor input_gradient(const Structure& structure, const Tensor& weight, const Sa
                       Algorithm algorithm, const Tensor& like) {
   const Tensor values = kept_values<T>(weight, structure.rows);
   if (structure.permutation == nullptr) {
-    Tensor result = torch::stable::new_empty(like, {gradient.count, structure.rows.width});
-    run_small_input_gradient<T>({structure.rows, data<Working<T>>(values), gradient,
-                                 static_cast<T*>(result.mutable_data_ptr())},
-                                structure.transposed);
+    const Tensor result = new_matrix(gradient.count, structure.rows.width, like.scalar_type(),
+                                     is_feature_major(like));
+    run_small_input_gradient<T>(
+        {structure.rows, data<Working<T>>(values), gradient, results<T>(result)},
+        structure.transposed);
     return result;
   }
   const Tensor ordered = reordered<T>(values, structure, false);
   const SparseRows& transposed = structure.transposed;
-  Tensor result = torch::stable::new_empty(like, {gradient.count, transposed.rows});
-  const MaskedProduct<T> call = {transposed,       data<Working<T>>(ordered),
-                                 gradient,         nullptr,
-                                 Activation::none, static_cast<T*>(result.mutable_data_ptr()),
-                                 nullptr,          1};
+  const Tensor result =
+      new_matrix(gradient.count, transposed.rows, like.scalar_type(), is_feature_major(like));
+  const MaskedProduct<T> call = {transposed,       data<Working<T>>(ordered), gradient, nullptr,
+                                 Activation::none, results<T>(result),        {},       1};
   algorithm == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
   return result;
 }
@@ -255,9 +248,8 @@ std::tuple<Tensor, Tensor> weight_gradient(const SparseRows& structure, const Te
   constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
   const int64_t kept = needs_weight ? structure.pointers[structure.rows] : 0;
   const bool small = is_small(algorithm) && gradient.count > 0;
-  Tensor values = small ? torch::stable::new_empty(input, {kept}, working)
-                        : torch::stable::new_zeros(input, {kept}, working);
-  Tensor bias = torch::stable::new_zeros(input, {needs_bias ? structure.rows : 0}, working);
+  Tensor values = small ? new_vector(kept, working) : new_zero_vector(kept, working);
+  Tensor bias = new_zero_vector(needs_bias ? structure.rows : 0, working);
   const MaskedWeightGradient<T> call = {
       structure, samples<T>(input), gradient,
       needs_weight ? static_cast<Working<T>*>(values.mutable_data_ptr()) : nullptr,
@@ -274,12 +266,12 @@ std::tuple<Tensor, Tensor, Tensor> all_gradients(const Structure& structure, con
                                                  bool needs_bias) {
   constexpr ScalarType working = sizeof(Working<T>) == 8 ? ScalarType::Double : ScalarType::Float;
   const Tensor values = reordered<T>(kept_values<T>(weight, structure.rows), structure, false);
-  const Tensor found = torch::stable::new_zeros(values, {values.numel()});
-  Tensor bias = torch::stable::new_zeros(input, {needs_bias ? structure.rows.rows : 0}, working);
-  Tensor result = torch::stable::new_empty(input, {gradient.count, structure.rows.width});
+  const Tensor found = new_zero_vector(values.numel(), working);
+  const Tensor bias = new_zero_vector(needs_bias ? structure.rows.rows : 0, working);
+  const Tensor result = new_matrix(gradient.count, structure.rows.width, input.scalar_type(),
+                                   is_feature_major(input));
   run_backward<T>({structure.transposed, data<Working<T>>(values), samples<T>(input), gradient,
-                   static_cast<T*>(result.mutable_data_ptr()),
-                   static_cast<Working<T>*>(found.mutable_data_ptr()),
+                   results<T>(result), static_cast<Working<T>*>(found.mutable_data_ptr()),
                    needs_bias ? static_cast<Working<T>*>(bias.mutable_data_ptr()) : nullptr});
   return {result, in_form_of<T>(weight, reordered<T>(found, structure, true), structure.rows, true),
           in_dtype(bias, input.scalar_type())};
@@ -327,17 +319,18 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
   check_matrix(grad_output, count, rows.rows, dtype, "grad_output");
   STD_TORCH_CHECK(weight.scalar_type() == dtype, kOp, ": weight and input differ in dtype");
   const bool scaled = act != Activation::none;
-  if (scaled) {
-    check_matrix(saved, count, rows.rows, dtype, "saved");
-    STD_TORCH_CHECK(saved.is_contiguous(), kOp, ": expected saved to be contiguous");
+  if (scaled) check_matrix(saved, count, rows.rows, dtype, "saved");
+  Tensor grad_input = input, grad_weight = input, grad_bias = input;
+  if (!needs_input || !needs_rows) {
+    const Tensor none = new_vector(0, dtype);
+    if (!needs_input) grad_input = none;
+    if (!needs_rows) grad_weight = grad_bias = none;
   }
   const bool together = needs_input && needs_weight && count > 0 &&
                         input_chosen == Algorithm::panel && weight_chosen == Algorithm::panel;
-  Tensor grad_input = torch::stable::new_empty(input, {0});
-  Tensor grad_weight = grad_input, grad_bias = grad_input;
   dispatch_floating(kOp, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Samples<T> gradient = samples<T>(grad_output, scaled ? data<T>(saved) : nullptr, act);
+    const Samples<T> gradient = samples<T>(grad_output, saved, act);
     if (together) {
       std::tie(grad_input, grad_weight, grad_bias) =
           all_gradients<T>({rows, transposed, order}, weight, gradient, input, needs_bias);
@@ -347,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
       grad_input =
           input_gradient<T>({rows, transposed, order}, weight, gradient, input_chosen, input);
     }
-    if (!needs_weight && !needs_bias) return;
+    if (!needs_rows) return;
     std::tie(grad_weight, grad_bias) =
         weight_gradient<T>(rows, weight, gradient, input, weight_chosen, needs_weight, needs_bias);
   });
@@ -360,7 +353,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
       "masked_linear(Tensor input, Tensor weight, Tensor? bias, Tensor row_pointers, "
-      "Tensor columns, int activation, int algorithm, bool save_preactivation) -> "
+      "Tensor columns, int activation, int algorithm, bool save_preactivation, "
+      "bool feature_major=False) -> "
       "(Tensor output, Tensor preactivation)");
   m.def(
       "masked_linear_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, "

@@ -12,6 +12,7 @@
 #include "cpu/blocked_linear.h"
 #include "dtype_dispatch.h"
 #include "masked_linear_checks.h"
+#include "masked_linear_matrices.h"
 #include "scratch.h"
 #include "sparse_index.h"
 
@@ -62,20 +63,6 @@ template <class T>
 Tensor working_values(const Tensor& values) {
   return in_dtype(values.is_contiguous() ? values : torch::stable::contiguous(values),
                   kWorkingType<T>);
-}
-
-template <class T>
-Samples<T> samples(const Tensor& tensor) {
-  return {data<T>(tensor),  tensor.size(0), tensor.size(1),  tensor.stride(0),
-          tensor.stride(1), nullptr,        Activation::none};
-}
-
-template <class T>
-Samples<T> samples(const Tensor& gradient, const Tensor& saved, Activation activation) {
-  Samples<T> result = samples<T>(gradient);
-  result.activation = activation;
-  if (activation != Activation::none) result.saved = data<T>(saved);
-  return result;
 }
 
 template <class Function>
@@ -194,8 +181,8 @@ void blocked_forward(const LinearForward& call) {
             : kept_values<T>(index, call.weight, call.weight.stride(0), call.weight.stride(1));
     run_product<T>({index, starts.data(), data<Working<T>>(values), samples<T>(call.input),
                     call.bias.has_value() ? data<T>(*call.bias) : nullptr, call.activation,
-                    mutable_data<T>(call.output),
-                    call.preactivation.size(0) > 0 ? mutable_data<T>(call.preactivation) : nullptr,
+                    results<T>(call.output),
+                    call.preactivation.size(0) > 0 ? results<T>(call.preactivation) : Results<T>{},
                     1});
   });
 }
@@ -213,9 +200,15 @@ void blocked_input_gradient(const LinearInputGradient& call) {
         call.weight.dim() == 1
             ? permuted_values<T>(index, call.weight, order)
             : kept_values<T>(index, call.weight, call.weight.stride(1), call.weight.stride(0));
-    run_product<T>({index, starts.data(), data<Working<T>>(values),
-                    samples<T>(call.gradient, call.saved, call.activation), nullptr,
-                    Activation::none, mutable_data<T>(call.result), nullptr, 1});
+    run_product<T>({index,
+                    starts.data(),
+                    data<Working<T>>(values),
+                    samples<T>(call.gradient, call.saved, call.activation),
+                    nullptr,
+                    Activation::none,
+                    results<T>(call.result),
+                    {},
+                    1});
   });
 }
 
@@ -255,7 +248,8 @@ std::tuple<Tensor, Tensor> blocked_weight_gradient(const LinearWeightGradient& c
 std::tuple<Tensor, Tensor> blocked_linear(const Tensor& input, const Tensor& weight,
                                           const std::optional<Tensor>& bias,
                                           const Tensor& row_pointers, const Tensor& index,
-                                          int64_t activation, bool save_preactivation) {
+                                          int64_t activation, bool save_preactivation,
+                                          bool feature_major) {
   const int64_t rows = row_pointers.numel() - 1,
                 saved_rows = save_preactivation ? input.size(0) : 0;
   STD_TORCH_CHECK(rows >= 1, kOp, ": expected row_pointers of at least one row, got none");
@@ -267,8 +261,8 @@ std::tuple<Tensor, Tensor> blocked_linear(const Tensor& input, const Tensor& wei
                            row_pointers,
                            index,
                            activation_of(activation),
-                           torch::stable::new_empty(input, {input.size(0), rows}),
-                           torch::stable::new_empty(input, {saved_rows, rows})};
+                           new_matrix(input.size(0), rows, input.scalar_type(), feature_major),
+                           new_matrix(saved_rows, rows, input.scalar_type(), feature_major)};
   blocked_forward(call);
   return {call.output, call.preactivation};
 }
@@ -285,12 +279,11 @@ std::tuple<Tensor, Tensor, Tensor> blocked_linear_backward(BlockedBackward call)
   check_matrix(call.input.gradient, count, rows, dtype, "grad_output");
   if (call.input.activation != Activation::none) {
     check_matrix(call.input.saved, count, rows, dtype, "saved");
-    STD_TORCH_CHECK(call.input.saved.is_contiguous(), kOp, ": expected saved to be contiguous");
   }
   const Tensor none = torch::stable::new_empty(input, {0});
   std::tuple<Tensor, Tensor> found{none, none};
   if (call.needs_input) {
-    call.input.result = torch::stable::new_empty(input, {count, input.size(1)});
+    call.input.result = new_matrix(count, input.size(1), dtype, is_feature_major(input));
     blocked_input_gradient(call.input);
   }
   if (call.weight.needs_weight || call.weight.needs_bias)

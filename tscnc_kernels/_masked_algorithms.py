@@ -105,7 +105,7 @@ class Call(NamedTuple):
         values: the weight comes as its kept entries.
         held: a dense weight is zero off the mask already.
         dtype: of all tensors.
-        layout: of the input, "rows" or "strided".
+        layout: of the input, "rows", "features" or "strided", and of a feature-major output.
         detail: of the op, such as a convolution's stride.
     """
 
@@ -117,9 +117,13 @@ class Call(NamedTuple):
     detail: str = ""
 
     @classmethod
-    def of(cls, input: Tensor, weight: Tensor, held: bool) -> "Call":
+    def of(cls, input: Tensor, weight: Tensor, held: bool, feature_major: bool = False) -> "Call":
         """The call of a linear layer on a matrix of samples."""
-        layout = "rows" if input.is_contiguous() else "strided"
+        layout = "rows"
+        if not input.is_contiguous():
+            layout = "features" if input.stride(0) == 1 else "strided"
+        if feature_major:
+            layout += " to features"
         return cls(input.shape[0], weight.dim() == 1, held, input.dtype, layout)
 
 

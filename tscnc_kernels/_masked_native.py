@@ -19,12 +19,14 @@ def native_product(
     pattern: SparsityPattern,
     activation: int,
     save: bool,
+    feature_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
     kept = pattern.blocked_rows if algorithm == "blocked" else pattern.columns
-    index = pattern.row_pointers, kept
-    codes = activation, SPARSE[algorithm]
-    return _native.masked_linear(input, weight, bias, *index, *codes, save)  # type: ignore[no-any-return]
+    codes = activation, SPARSE[algorithm], save, feature_major
+    return _native.masked_linear.default(  # type: ignore[no-any-return]
+        input, weight, bias, pattern.row_pointers, kept, *codes
+    )
 
 
 def native_gradients(
@@ -56,7 +58,7 @@ def native_gradients(
     columns = pattern.blocked_columns if blocked_input else pattern.column_rows
     index = pattern.row_pointers, rows, pattern.column_pointers, columns, pattern.permutation
     codes = activation, SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
-    return _native.masked_linear_backward(  # type: ignore[no-any-return]
+    return _native.masked_linear_backward.default(  # type: ignore[no-any-return]
         *tensors,
         *index,
         *codes,

@@ -46,10 +46,13 @@ def run_gradients(
         found: Sequence[Tensor | None] = (None, None, None)
         if True in by:
             found = sparse(for_input, for_weight, by)
-        left = [need and not done for need, done in zip(needs, by, strict=True)]
+        left = needs[0] and not by[0], needs[1] and not by[1], needs[2] and not by[2]
         rest = dense(left) if True in left else (None, None, None)
-        merged = [f if done else r for f, r, done in zip(found, rest, by, strict=True)]
-        return merged[0], merged[1], merged[2]
+        return (
+            found[0] if by[0] else rest[0],
+            found[1] if by[1] else rest[1],
+            found[2] if by[2] else rest[2],
+        )
 
     def separate() -> tuple[str, str]:
         for_input = for_weight = DENSE

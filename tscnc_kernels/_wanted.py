@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tscnc_kernels._apply import is_eager
+
 
 def wanted_gradients(ctx: Any, inputs: Sequence[Tensor | None]) -> list[bool]:
     """Per input, whether this backward pass uses its gradient.
@@ -19,12 +21,15 @@ def wanted_gradients(ctx: Any, inputs: Sequence[Tensor | None]) -> list[bool]:
         inputs: the first arguments of `forward`; None for a missing one.
     """
     needed = list(ctx.needs_input_grad[: len(inputs)])
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    # The engine runs no node for nothing.
+    if sum(needed) < 2 or not is_eager():
         return needed
-    nodes = iter(node for node, _ in ctx.next_functions)
-    found = [None if tensor is None else next(nodes) for tensor in inputs]
-    pairs = zip(needed, found, strict=True)
-    return [need and node is not None and _runs(node) for need, node in pairs]
+    nodes = iter(ctx.next_functions)
+    for index, tensor in enumerate(inputs):
+        if tensor is not None:
+            node, _ = next(nodes)
+            needed[index] = node is not None and _runs(node)
+    return needed
 
 
 def _runs(node: Any) -> bool:

@@ -47,23 +47,6 @@ void add_block(const uint8_t* counts, int64_t rows, const C* values, int32_t* ne
   }
 }
 
-// Bias, activation and the transposition into the row-major output.
-template <class T, int kVecs>
-void finish_tile(const BlockedProduct<T>& call, int64_t row, int64_t rows, int64_t sample,
-                 int64_t count, Compute<T>* tile) {
-  using C = Compute<T>;
-  const int64_t stride = call.index.rows, offset = sample * stride + row;
-  if (call.preactivation != nullptr) {
-    unpack<T, kVecs>(tile, rows, count, call.preactivation + offset, stride);
-  }
-  if (call.activation != Activation::none) {
-    for (int64_t i = 0; i < rows * kVecs * kLanes<T>; i += kLanes<T>) {
-      store(tile + i, activate<C>(load(tile + i), call.activation));
-    }
-  }
-  unpack<T, kVecs>(tile, rows, count, call.output + offset, stride);
-}
-
 template <class T, int kVecs>
 void product_tile(const BlockedProduct<T>& call, int64_t tile, int64_t sample, int64_t count,
                   const Compute<T>* panel, Compute<T>* sums) {
@@ -83,7 +66,8 @@ void product_tile(const BlockedProduct<T>& call, int64_t tile, int64_t sample, i
                         index.columns + index.first_entry(tile, block),
                         panel + block * index.block_width * kWidth, sums);
   }
-  finish_tile<T, kVecs>(call, row, rows, sample, count, sums);
+  finish_tile<T, kVecs>(sums, row, rows, sample, count, call.activation, call.preactivation,
+                        call.output);
 }
 
 // Inner products one by one: their lanes are summed kLanes products at a time.

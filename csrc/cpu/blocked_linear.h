@@ -15,8 +15,8 @@ struct BlockedProduct {
   Samples<T> input;
   const T* bias;  // (rows,) or null
   Activation activation;
-  T* output;         // (count, rows), contiguous
-  T* preactivation;  // the same without the activation, or null
+  Results<T> output;         // (count, rows)
+  Results<T> preactivation;  // the same without the activation; its data may be null
   int64_t tile_splits;
 };
 

@@ -39,16 +39,8 @@ void product_tile(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64
                               panel, sum);
     for (int v = 0; v < kVecs; ++v) store(tile + r * kWidth + v * kW, sum[v]);
   }
-  const int64_t stride = call.structure.rows, offset = sample * stride + row;
-  if (call.preactivation != nullptr) {
-    unpack<T, kVecs>(tile, rows, count, call.preactivation + offset, stride);
-  }
-  if (call.activation != Activation::none) {
-    for (int64_t i = 0; i < rows * kWidth; i += kW) {
-      store(tile + i, activate<C>(load(tile + i), call.activation));
-    }
-  }
-  unpack<T, kVecs>(tile, rows, count, call.output + offset, stride);
+  finish_tile<T, kVecs>(tile, row, rows, sample, count, call.activation, call.preactivation,
+                        call.output);
 }
 
 }  // namespace

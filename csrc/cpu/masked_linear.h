@@ -23,8 +23,7 @@ struct SparseRows {
 };
 
 // A (count, features) matrix with any strides. Where `saved` is not null, every entry is multiplied
-// by the activation's derivative at the same place of the contiguous (count, features) matrix
-// `saved`.
+// by the activation's derivative at the same place of the (count, features) matrix `saved`.
 template <class T>
 struct Samples {
   const T* data;
@@ -33,7 +32,18 @@ struct Samples {
   int64_t sample_stride;
   int64_t feature_stride;
   const T* saved;
+  int64_t saved_sample_stride;
+  int64_t saved_feature_stride;
   Activation activation;
+};
+
+// Where a (count, features) matrix is written: row-major, or feature-major, the samples of a
+// feature next to each other. One of the strides is 1.
+template <class T>
+struct Results {
+  T* data;
+  int64_t sample_stride;
+  int64_t feature_stride;
 };
 
 // output = act(input S^T + bias), S the sparse matrix with `values` in the order of its structure.
@@ -44,8 +54,8 @@ struct MaskedProduct {
   Samples<T> input;
   const T* bias;  // (rows,) or null
   Activation activation;
-  T* output;         // (count, rows), contiguous
-  T* preactivation;  // the same without the activation, or null
+  Results<T> output;         // (count, rows)
+  Results<T> preactivation;  // the same without the activation; its data may be null
   int64_t row_splits;
 };
 

@@ -155,8 +155,7 @@ void masked_linear_backward(const MaskedBackward<T>& call, int64_t begin, int64_
         const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
         pack<T, kVecs>(call.input, sample, count, row, row + rows, inputs);
         backward_tile<T, kVecs>(call, row, row + rows, last, panel, inputs, tile, &pending);
-        unpack<T, kVecs>(tile, rows, count, call.input_gradient + sample * structure.rows + row,
-                         structure.rows);
+        write_tile<T, kVecs>(tile, row, rows, sample, count, call.input_gradient);
       }
       pending.finish();
     });

@@ -14,7 +14,7 @@ struct MaskedBackward {
   const Working<T>* values;
   Samples<T> input;
   Samples<T> gradient;
-  T* input_gradient;  // (count, transposed.rows), contiguous
+  Results<T> input_gradient;  // (count, transposed.rows)
   Working<T>* values_gradient;
   Working<T>* bias_gradient;  // (transposed.width,) of sums over the samples, or null
 };

@@ -90,11 +90,10 @@ void group_product(const MaskedProduct<T>& call, int64_t row, int64_t rows, cons
 
 // Adds the bias to a tile, and writes it with and without the activation.
 template <class T, int kVecs>
-void finish_tile(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64_t sample,
-                 int64_t count, Compute<T>* tile) {
+void finish_groups(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64_t sample,
+                   int64_t count, Compute<T>* tile) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
-  const int64_t stride = call.structure.rows, offset = sample * stride + row;
   if (call.bias != nullptr) {
     for (int64_t r = 0; r < rows; ++r) {
       const C bias = load_partial(call.bias + row + r, 1)[0];
@@ -103,15 +102,8 @@ void finish_tile(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64_
       }
     }
   }
-  if (call.preactivation != nullptr) {
-    unpack<T, kVecs>(tile, rows, count, call.preactivation + offset, stride);
-  }
-  if (call.activation != Activation::none) {
-    for (int64_t i = 0; i < rows * kWidth; i += kW) {
-      store(tile + i, activate<C>(load(tile + i), call.activation));
-    }
-  }
-  unpack<T, kVecs>(tile, rows, count, call.output + offset, stride);
+  finish_tile<T, kVecs>(tile, row, rows, sample, count, call.activation, call.preactivation,
+                        call.output);
 }
 
 template <class T, int kVecs>
@@ -129,7 +121,7 @@ void product_groups(const MaskedProduct<T>& call, const RowGroups& groups, int64
       group_product<T, 1, kVecs>(call, row, 1, panel, target);
     }
     if (group + 1 < end && groups.starts[group + 2] - first <= kMaxGroupRows) continue;
-    finish_tile<T, kVecs>(call, first, next - first, sample, count, tile);
+    finish_groups<T, kVecs>(call, first, next - first, sample, count, tile);
     first = next;
   }
 }

@@ -68,14 +68,20 @@ inline void row_panel_product(Columns columns, const C* values, int64_t count, c
 template <class T>
 inline void finish(const MaskedProduct<T>& call, Vec<Compute<T>> sum, int64_t sample, int64_t row,
                    int64_t count) {
-  const auto put = [&](T* matrix, Vec<Compute<T>> value) {
-    T* target = matrix + sample * call.structure.rows + row;
-    count == kLanes<T> ? store(target, value) : store_partial(target, value, count);
+  const auto put = [&](const Results<T>& matrix, Vec<Compute<T>> value) {
+    T* target = matrix.data + sample * matrix.sample_stride + row * matrix.feature_stride;
+    if (matrix.feature_stride == 1) {
+      count == kLanes<T> ? store(target, value) : store_partial(target, value, count);
+      return;
+    }
+    T buffer[kLanes<T>];
+    store(buffer, value);
+    for (int64_t i = 0; i < count; ++i) target[i * matrix.feature_stride] = buffer[i];
   };
   if (call.bias != nullptr) {
     sum += count == kLanes<T> ? load(call.bias + row) : load_partial(call.bias + row, count);
   }
-  if (call.preactivation != nullptr) put(call.preactivation, sum);
+  if (call.preactivation.data != nullptr) put(call.preactivation, sum);
   put(call.output, activate<Compute<T>>(sum, call.activation));
 }
 

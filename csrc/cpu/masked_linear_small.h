@@ -13,7 +13,7 @@ struct MaskedInputGradient {
   SparseRows structure;
   const Working<T>* values;
   Samples<T> gradient;
-  T* output;  // (count, width), contiguous
+  Results<T> output;  // (count, width)
 };
 
 // Elements of Working<T> that one thread needs for any function below.

@@ -113,6 +113,7 @@ inline Range entries_between(const SparseRows& structure, Columns columns, int64
   return range;
 }
 
+// The features of one sample lie next to each other, whatever the layout.
 template <class T>
 void input_gradient_of_one(const MaskedInputGradient<T>& call, int64_t begin, int64_t end,
                            Compute<T>* scratch) {
@@ -130,7 +131,7 @@ void input_gradient_of_one(const MaskedInputGradient<T>& call, int64_t begin, in
   }
   for (int64_t k = begin; k < end; k += kLanes<T>) {
     const int64_t left = smaller(kLanes<T>, end - k);
-    store_partial(call.output + k, load_partial(scratch + k, left), left);
+    store_partial(call.output.data + k, load_partial(scratch + k, left), left);
   }
 }
 
@@ -162,8 +163,7 @@ void input_gradient_of_group(const MaskedInputGradient<T>& call, int64_t sample,
       }
     }
   }
-  unpack<T, kVecs>(panel + begin * kWidth, end - begin, count,
-                   call.output + sample * structure.width + begin, structure.width);
+  write_tile<T, kVecs>(panel + begin * kWidth, begin, end - begin, sample, count, call.output);
 }
 
 }  // namespace

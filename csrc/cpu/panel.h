@@ -109,24 +109,47 @@ inline Vec<C> activation_gradient(Vec<C> gradient, Vec<C> saved, Activation acti
   return gradient;
 }
 
+// Lanes [0, count) hold elements that lie `stride` apart; the others are zero.
+template <class T>
+inline Vec<Compute<T>> load_strided(const T* data, int64_t stride, int64_t count) {
+  if (stride == 1) return count == kLanes<T> ? load(data) : load_partial(data, count);
+  T buffer[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = data[i * stride];
+  return load(buffer);
+}
+
 // Lanes [0, count) hold kLanes features of one sample; the others are zero.
 template <class T>
 inline Vec<Compute<T>> load_features(const Samples<T>& source, int64_t sample, int64_t feature,
                                      int64_t count) {
-  using C = Compute<T>;
-  const T* data = source.data + sample * source.sample_stride + feature * source.feature_stride;
-  Vec<C> value;
-  if (source.feature_stride == 1) {
-    value = count == kLanes<T> ? load(data) : load_partial(data, count);
-  } else {
-    T buffer[kLanes<T>] = {};
-    for (int64_t i = 0; i < count; ++i) buffer[i] = data[i * source.feature_stride];
-    value = load(buffer);
-  }
+  const Vec<Compute<T>> value =
+      load_strided(source.data + sample * source.sample_stride + feature * source.feature_stride,
+                   source.feature_stride, count);
   if (source.saved == nullptr) return value;
-  const T* saved = source.saved + sample * source.features + feature;
-  return activation_gradient<C>(
-      value, count == kLanes<T> ? load(saved) : load_partial(saved, count), source.activation);
+  const T* saved = source.saved + sample * source.saved_sample_stride;
+  return activation_gradient<Compute<T>>(value,
+                                         load_strided(saved + feature * source.saved_feature_stride,
+                                                      source.saved_feature_stride, count),
+                                         source.activation);
+}
+
+// Lanes [0, count) hold one feature of kLanes samples, where samples lie next to each other.
+template <class T>
+inline Vec<Compute<T>> load_samples(const Samples<T>& source, int64_t sample, int64_t feature,
+                                    int64_t count) {
+  const Vec<Compute<T>> value =
+      load_strided(source.data + feature * source.feature_stride + sample, 1, count);
+  if (source.saved == nullptr) return value;
+  return activation_gradient<Compute<T>>(
+      value, load_strided(source.saved + feature * source.saved_feature_stride + sample, 1, count),
+      source.activation);
+}
+
+// Whether a panel's rows are runs of memory.
+template <class T>
+inline bool is_feature_major(const Samples<T>& source) {
+  return source.sample_stride == 1 && source.feature_stride != 1 &&
+         (source.saved == nullptr || source.saved_sample_stride == 1);
 }
 
 // Up to kLanes features of up to kLanes samples into a panel kWidth wide.
@@ -135,10 +158,9 @@ inline void pack_square(const Samples<T>& source, int64_t sample, int64_t presen
                         int64_t left, Compute<T>* target) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>;
-  if (source.sample_stride == 1 && source.feature_stride != 1 && source.saved == nullptr) {
+  if (is_feature_major(source)) {
     for (int i = 0; i < left; ++i) {
-      const T* data = source.data + (feature + i) * source.feature_stride + sample;
-      store(target + i * kWidth, present == kW ? load(data) : load_partial(data, present));
+      store(target + i * kWidth, load_samples(source, sample, feature + i, present));
     }
     return;
   }
@@ -226,6 +248,40 @@ void unpack(const Compute<T>* tile, int64_t rows, int64_t count, T* output, int6
       }
     }
   }
+}
+
+// Writes a tile with `rows` features of `count` samples to the place of the first of each.
+template <class T, int kVecs>
+void write_tile(const Compute<T>* tile, int64_t row, int64_t rows, int64_t sample, int64_t count,
+                const Results<T>& results) {
+  constexpr int kW = kLanes<T>;
+  T* target = results.data + sample * results.sample_stride + row * results.feature_stride;
+  if (results.feature_stride == 1) {
+    return unpack<T, kVecs>(tile, rows, count, target, results.sample_stride);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const Compute<T>* from = tile + r * kVecs * kW;
+    T* to = target + r * results.feature_stride;
+    int64_t lane = 0;
+    for (; lane + kW <= count; lane += kW) store(to + lane, load(from + lane));
+    if (lane < count) store_partial(to + lane, load(from + lane), count - lane);
+  }
+}
+
+// Writes a tile as above without the activation, unless that has no place, and with it.
+template <class T, int kVecs>
+void finish_tile(Compute<T>* tile, int64_t row, int64_t rows, int64_t sample, int64_t count,
+                 Activation activation, const Results<T>& preactivation, const Results<T>& output) {
+  using C = Compute<T>;
+  if (preactivation.data != nullptr) {
+    write_tile<T, kVecs>(tile, row, rows, sample, count, preactivation);
+  }
+  if (activation != Activation::none) {
+    for (int64_t i = 0; i < rows * kVecs * kLanes<T>; i += kLanes<T>) {
+      store(tile + i, activate<C>(load(tile + i), activation));
+    }
+  }
+  write_tile<T, kVecs>(tile, row, rows, sample, count, output);
 }
 
 // sum[v] += sum over j of values[j] * panel[columns[j]], with enough independent sums to hide the

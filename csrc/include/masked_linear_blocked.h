@@ -46,7 +46,8 @@ struct BlockedBackward {
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> blocked_linear(
     const torch::stable::Tensor& input, const torch::stable::Tensor& weight,
     const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& row_pointers,
-    const torch::stable::Tensor& index, int64_t activation, bool save_preactivation);
+    const torch::stable::Tensor& index, int64_t activation, bool save_preactivation,
+    bool feature_major);
 
 // Gradients of input, weight (in its form) and bias; empty where they are not needed.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>

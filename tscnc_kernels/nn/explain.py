@@ -66,8 +66,9 @@ def current_plan(layer: MaskedLayer) -> Plan:
 
 def _rows(name: str, layer: MaskedLayer, plan: Plan) -> list[tuple[str, ...]]:
     shape, call = " x ".join(map(str, layer.pattern.shape)), plan.call
+    layout = ", feature-major" if getattr(layer, "feature_major", False) else ""
     title = [
-        f"{name}: {shape}, {layer.pattern.density:.2%} kept, {layer.mode}",
+        f"{name}: {shape}, {layer.pattern.density:.2%} kept, {layer.mode}{layout}",
         f"  batch {call.batch}, {str(call.dtype).removeprefix('torch.')}",
         "",
     ]

@@ -1,5 +1,7 @@
 """MaskedLinear: nn.Linear on the kept entries of its weight."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,9 @@ class MaskedLinear(MaskedLayer):
 
     Attributes:
         activation: "none", "relu" or "gelu"; fused into the product.
+        feature_major: give the result with strides (1, B) for B samples, as another masked layer
+            reads it fastest; element-wise modules between keep it so. A `view` of the result that
+            mixes features and samples fails then. `nn.sparsify` sets it where it is safe.
         dense_grad: give the weight's gradient off the mask too, in dense mode, as pruning scores
             and regrowth need it. An optimizer step would then fill the pruned entries.
 
@@ -40,6 +45,7 @@ class MaskedLinear(MaskedLayer):
         pattern: SparsityPattern of shape (N, K).
         mode: "dense" or "values".
         activation: see above.
+        feature_major: see above.
         dense_grad: see above.
         device: device of the parameters; the pattern follows.
         dtype: dtype of the parameters.
@@ -51,6 +57,7 @@ class MaskedLinear(MaskedLayer):
     """
 
     op = "masked_linear"
+    feature_major: bool = False
 
     def __init__(
         self,
@@ -61,6 +68,7 @@ class MaskedLinear(MaskedLayer):
         pattern: SparsityPattern,
         mode: str = "dense",
         activation: str = "none",
+        feature_major: bool = False,
         dense_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -71,6 +79,7 @@ class MaskedLinear(MaskedLayer):
         self.out_features = out_features
         self.mode = mode
         self.activation = activation
+        self.feature_major = feature_major
         self.dense_grad = dense_grad
         check_options(mode, activation, dense_grad)
         self._make_parameters(pattern, bias, device, dtype)
@@ -83,6 +92,7 @@ class MaskedLinear(MaskedLayer):
         mode: str = "dense",
         *,
         activation: str = "none",
+        feature_major: bool = False,
         dense_grad: bool = False,
     ) -> "MaskedLinear":
         """A layer with the mask that takes over a Linear's parameters.
@@ -96,6 +106,7 @@ class MaskedLinear(MaskedLayer):
             mask: (N, K) bool tensor or SparsityPattern.
             mode: "dense" or "values".
             activation: "none", "relu" or "gelu", applied to the result.
+            feature_major: see the class.
             dense_grad: see the class.
 
         Returns:
@@ -115,6 +126,7 @@ class MaskedLinear(MaskedLayer):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.mode, layer.activation, layer.dense_grad = mode, activation, dense_grad
+        layer.feature_major = feature_major
         layer._take_over(linear, pattern)
         return layer.train(linear.training)
 
@@ -131,9 +143,10 @@ class MaskedLinear(MaskedLayer):
         """The product act(x (W ∘ M)ᵀ + b), (..., N), for an input x of shape (..., K)."""
         if torch.compiler.is_exporting() or torch._C._get_tracing_state():
             return activate(F.linear(input, self.dense_weight, self.bias), self.activation)
-        parameters = self._parameters
+        parameters, pattern = self._parameters, self._pattern
         # What a parametrization computes is no longer among the parameters.
-        weight, bias, pattern = parameters.get("weight"), parameters.get("bias"), self._pattern
+        weight: Any = parameters.get("weight")
+        bias = parameters.get("bias")
         # The constructor has checked the rest; every microsecond counts for a small layer.
         usual = (
             type(input) is Tensor
@@ -142,13 +155,16 @@ class MaskedLinear(MaskedLayer):
             and input.dtype == weight.dtype
             and input.dim() > 0
             and input.shape[-1] == pattern.shape[1]
-            and input.device == pattern.device
-            and not torch.is_autocast_enabled(input.device.type)
+            and (device := input.device) == pattern.device
+            and not torch.is_autocast_enabled(device.type)
         )
+        if not usual:
+            weight, bias = self.weight, self.bias
         return (masked_linear_unchecked if usual else masked_linear)(
-            *(input, self.weight, pattern, bias if usual else self.bias, self.activation),
+            *(input, weight, pattern, bias, self.activation),
             dense_grad=self.dense_grad,
             assume_masked=not self.dense_grad,
+            feature_major=self.feature_major,
         )
 
     def extra_repr(self) -> str:
@@ -156,5 +172,6 @@ class MaskedLinear(MaskedLayer):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, mode={self.mode!r}, "
-            f"sparsity={1 - pattern.density:.2%}, nnz={pattern.nnz}" + self._options_repr()
+            f"sparsity={1 - pattern.density:.2%}, nnz={pattern.nnz}"
+            f"{', feature_major=True' if self.feature_major else ''}" + self._options_repr()
         )

@@ -3,7 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 
 from tscnc_kernels.nn._fuse import FusedActivation, fused_layers, fusible, has_hooks
 from tscnc_kernels.nn._gain import WORTHWHILE, measured_gain, predicted_gain
+from tscnc_kernels.nn._layout import feature_major_layers
 from tscnc_kernels.nn._names import check_module, resolve
 from tscnc_kernels.nn.explain import table
 from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
@@ -44,6 +45,7 @@ class LayerReport:
             it was not asked.
         measured: whether the gain was timed on this machine, or predicted.
         activation: that of the module behind it, if it was fused into the layer.
+        feature_major: whether it hands its result to another swapped layer feature-major.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerReport:
     gain: float | None = None
     measured: bool = False
     activation: str | None = None
+    feature_major: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class SparsifyReport:
             if layer.mode:
                 now = f"Masked{layer.kind} {layer.mode}"
                 now += f" + {layer.activation}" if layer.activation else ""
+                now += ", feature-major" if layer.feature_major else ""
             gain = ""
             if layer.gain is not None:
                 gain = f"{layer.gain:.1f}x {'measured' if layer.measured else 'predicted'}"
@@ -89,6 +93,7 @@ def sparsify(
     *,
     mode: str | None = None,
     fuse: bool = True,
+    feature_major: bool = True,
     batch: int | None = None,
 ) -> SparsifyReport:
     """Replace pruned layers of a model, in place, by `MaskedLinear` and `MaskedConv2d`.
@@ -98,7 +103,9 @@ def sparsify(
     the masked layer is the faster one. Create the optimizer afterwards, unless mode="dense".
 
     A ReLU or an exact GELU that directly follows a swapped layer in a Sequential is fused into it;
-    the layer then returns activated values. `densify` takes that back.
+    the layer then returns activated values. `densify` takes that back. A swapped Linear whose
+    result goes to another one in the same Sequential, through element-wise modules at most, hands
+    it over feature-major (see `MaskedLinear`), which spares both a transposition; values stay.
 
     Args:
         model: any module that contains Linear or Conv2d layers.
@@ -107,6 +114,7 @@ def sparsify(
         mode: "dense" or "values", see `MaskedLinear`; None takes values for layers with at most
             half of their entries kept.
         fuse: fuse activations.
+        feature_major: hand results over feature-major.
         batch: samples per call (for a convolution, pixels of one image); each layer in question is
             then timed before and after the swap, on random input. None predicts for 128 samples
             and 4096 pixels.
@@ -133,6 +141,7 @@ def sparsify(
     fused = {layer: name for _, layer, _, name in fusible(model)} if fuse else {}
     layers: list[LayerReport] = []
     swaps: dict[nn.Module, _Swap] = {}
+    sparse: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedLayer) and name in named:
             kind = type(module).__name__
@@ -148,18 +157,24 @@ def sparsify(
         gain = _gain(module, swap, batch)
         if reason != ZEROS or gain >= WORTHWHILE:
             swaps[module] = swap
+            if isinstance(module, nn.Linear) and gain >= WORTHWHILE:
+                sparse[module] = name
         else:
             reason = f"dense is as fast with {pattern.density:.1%} of its weights not zero"
         report = _report(name, module, swaps.get(module), reason, gain, batch is not None)
         layers.append(report)
+    handing = feature_major_layers(model, sparse.keys()) if feature_major else set()
+    swaps.update({layer: swaps[layer]._replace(feature_major=True) for layer in handing})
     _apply_swaps(model, swaps)
-    return SparsifyReport(tuple(layers))
+    names = {sparse[layer] for layer in handing}
+    return SparsifyReport(tuple(replace(e, feature_major=e.name in names) for e in layers))
 
 
 class _Swap(NamedTuple):
     pattern: SparsityPattern
     mode: str
     activation: str
+    feature_major: bool = False
 
 
 def _apply_swaps(model: nn.Module, swaps: Mapping[nn.Module, _Swap]) -> None:
@@ -172,11 +187,13 @@ def _apply_swaps(model: nn.Module, swaps: Mapping[nn.Module, _Swap]) -> None:
 def _masked(module: nn.Module, swap: _Swap) -> MaskedLayer:
     if prune.is_pruned(module):
         prune.remove(module, "weight")
-    pattern, mode, activation = swap
+    pattern, mode, activation, feature_major = swap
     if isinstance(module, nn.Conv2d):
         return MaskedConv2d.from_conv(module, pattern, mode, activation=activation)
     assert isinstance(module, nn.Linear)
-    return MaskedLinear.from_linear(module, pattern, mode, activation=activation)
+    return MaskedLinear.from_linear(
+        module, pattern, mode, activation=activation, feature_major=feature_major
+    )
 
 
 def _gain(module: nn.Module, swap: _Swap, batch: int | None) -> float:

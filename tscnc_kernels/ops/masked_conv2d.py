@@ -318,7 +318,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
 MaskedConv2dFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     MaskedConv2dFunction.forward
 )
-_apply_eagerly = eager_apply(MaskedConv2dFunction)
+_apply_eagerly = eager_apply(MaskedConv2dFunction, tensors=3)
 
 
 def masked_conv2d(

@@ -21,7 +21,6 @@ separate passes for dX and dW. Deviations: none in the formula; reductions are o
 results do not depend on threads.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -115,7 +114,9 @@ def reference_backward(
     """
     gradient, grad_input = activation_gradient(grad_output, saved, activation), None
     if needs[0]:
-        grad_input = gradient @ masked_weight(weight, pattern, dense_grad, held)
+        masked = masked_weight(weight, pattern, dense_grad, held)
+        features = is_feature_major(input)
+        grad_input = (masked.t() @ gradient.t()).t() if features else gradient @ masked
     grad_weight = gradient.t() @ input if needs[1] else None
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = kept_values(grad_weight, pattern)
@@ -124,13 +125,33 @@ def reference_backward(
     return grad_input, grad_weight, gradient.sum(0) if needs[2] else None
 
 
+def is_feature_major(matrix: Tensor) -> bool:
+    """Whether the samples (rows) of a feature lie next to each other, and not its features."""
+    return not matrix.is_contiguous() and matrix.stride(0) == 1
+
+
+def _new_matrix(like: Tensor, shape: tuple[int, int], feature_major: bool) -> Tensor:
+    return like.new_empty(shape[::-1]).t() if feature_major else like.new_empty(shape)
+
+
 @torch.library.register_fake("tscnc_kernels::masked_linear")
 def _(
-    input: Tensor, weight: Tensor, bias: Tensor | None, row_pointers: Tensor, *rest: Any
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_pointers: Tensor,
+    columns: Tensor,
+    activation: int,
+    algorithm: int,
+    save_preactivation: bool,
+    feature_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    batch, rows, save_preactivation = input.shape[0], row_pointers.shape[0] - 1, rest[-1]
-    saved = input.new_empty((batch if save_preactivation else 0, rows))
-    return input.new_empty((batch, rows)), saved
+    batch, rows = input.shape[0], row_pointers.shape[0] - 1
+    saved_shape = batch if save_preactivation else 0, rows
+    return (
+        _new_matrix(input, (batch, rows), feature_major),
+        _new_matrix(input, saved_shape, feature_major),
+    )
 
 
 @torch.library.register_fake("tscnc_kernels::masked_linear_backward")
@@ -143,8 +164,11 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_input, needs_weight, needs_bias = rest[-3:]
+    batch, width = input.shape
     return (
-        input.new_empty(input.shape if needs_input else (0,)),
+        _new_matrix(input, (batch, width), is_feature_major(input))
+        if needs_input
+        else input.new_empty((0,)),
         input.new_empty(weight.shape if needs_weight else (0,)),
         input.new_empty((row_pointers.shape[0] - 1 if needs_bias else 0,)),
     )
@@ -159,6 +183,7 @@ class _Options(NamedTuple):
     activation: str
     dense_grad: bool
     assume_masked: bool
+    feature_major: bool
     algorithms: Choice
 
 
@@ -176,11 +201,21 @@ def _forward(
     def product(algorithm: str) -> tuple[Tensor, Tensor]:
         if algorithm != DENSE:
             activation = ACTIVATIONS[options.activation]
-            return native_product(algorithm, input, weight, bias, pattern, activation, save)
-        z = F.linear(input, masked_weight(weight, pattern, held=options.assume_masked), bias)
+            how = activation, save, options.feature_major
+            return native_product(algorithm, input, weight, bias, pattern, *how)
+        masked = masked_weight(weight, pattern, held=options.assume_masked)
+        linear = _feature_major_linear if options.feature_major else F.linear
+        z = linear(input, masked, bias)
         return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
 
     return run_product(options.algorithms, product, (input, weight))
+
+
+def _feature_major_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of a matrix, with strides (1, B)."""
+    if bias is None:
+        return (weight @ input.t()).t()
+    return torch.addmm(bias[:, None], weight, input.t()).t()
 
 
 def _backward(
@@ -224,7 +259,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         ctx.save_for_backward(saved, input, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_output, *_):  # type: ignore[no-untyped-def]
         if grad_output is None:
             return None, None, None, None, None
         saved, input, weight, bias = ctx.saved_tensors
@@ -237,15 +272,28 @@ class MaskedLinearFunction(torch.autograd.Function):
                 grad_output, z, input, weight, pattern, activation, dense_grad, needs
             )
         else:
+            # Without an activation nothing is saved, and nothing reads it.
+            saved = grad_output if saved is None else saved
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
         return *gradients, None, None
 
 
-# torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
-MaskedLinearFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    MaskedLinearFunction.forward
-)
-_apply_eagerly = eager_apply(MaskedLinearFunction)
+class _EagerFunction(torch.autograd.Function):
+    """The same where `is_eager()`: Z need not be a result, which autograd would have to wrap."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
+        output, preactivation = _forward(input, weight, bias, pattern, options, save=True)
+        saved = {"none": None, "relu": output, "gelu": preactivation}[options.activation]
+        ctx.options, ctx.pattern = options, pattern
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(saved, input, weight, bias)
+        return output
+
+    backward = MaskedLinearFunction.backward
+
+
+_apply_eagerly = eager_apply(_EagerFunction, tensors=3)
 
 
 def masked_linear(
@@ -257,6 +305,7 @@ def masked_linear(
     *,
     dense_grad: bool = False,
     assume_masked: bool = False,
+    feature_major: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
 ) -> Tensor:
@@ -274,13 +323,17 @@ def masked_linear(
             regrowth.
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
+        feature_major: give the result with the samples of a feature next to each other: strides
+            (1, B) for B samples, the layout in which sparse products read and write. Another sparse
+            layer reads it without the transposition that a row-major input takes.
         backend: "native" or "reference"; None chooses.
         algorithm: "panel", "blocked", "small_batch", "spmv", "block" (native, on the kept
             entries) or "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
 
     Returns:
-        (..., N) tensor of the input's dtype. The gradient of a dense weight has its shape and is
-        zero off the mask (unless dense_grad); that of values has shape (nnz,).
+        (..., N) tensor of the input's dtype, row-major unless feature_major. The gradient of the
+        input is feature-major where the input is; that of a dense weight has its shape and is zero
+        off the mask (unless dense_grad); that of values has shape (nnz,).
 
     Raises:
         ValueError: shapes that do not fit, tensors on several devices, an unknown activation or
@@ -306,6 +359,7 @@ def masked_linear(
         *(input, weight, pattern, bias, activation),
         dense_grad=dense_grad,
         assume_masked=assume_masked,
+        feature_major=feature_major,
         backend=backend,
         algorithm=algorithm,
     )
@@ -320,20 +374,23 @@ def masked_linear_unchecked(
     *,
     dense_grad: bool = False,
     assume_masked: bool = False,
+    feature_major: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
 ) -> Tensor:
     """`masked_linear` on arguments that its checks have passed, and without autocast."""
     chosen = _backend.select("masked_linear", pattern.device, backend)
     flat = input if input.dim() == 2 else input.reshape(-1, pattern.shape[1])
-    bias = None if bias is None else bias.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     eager = is_eager()
-    call = Call.of(flat, weight, assume_masked) if eager else None
+    call = Call.of(flat, weight, assume_masked, feature_major) if eager else None
     algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
-    options = _Options(activation, dense_grad, assume_masked, algorithms)
+    options = _Options(activation, dense_grad, assume_masked, feature_major, algorithms)
     if not wants_gradient(flat, weight, bias):
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
+    elif eager:
+        output = _apply_eagerly(flat, weight, bias, options, pattern)
     else:
-        apply = _apply_eagerly if eager else MaskedLinearFunction.apply
-        output, _ = apply(flat, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
+        output, _ = MaskedLinearFunction.apply(flat, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], pattern.shape[0])
