@@ -6,7 +6,8 @@ which also loads on a machine without a GPU. Environment variables:
 
 TSCNC_WITH_CUDA=0|1     leave CUDA out, or fail when nvcc is missing (default: use nvcc if found)
 TORCH_CUDA_ARCH_LIST    CUDA architectures, e.g. "8.0;9.0+PTX" (the default)
-TSCNC_SANITIZE=1        AddressSanitizer and UBSan in the CPU code, without CUDA (`make sanitize`)
+TSCNC_SANITIZE=1        AddressSanitizer and UBSan in the CPU code, without CUDA and with
+                        AVX-512's code made of AVX2 instructions (`make sanitize`)
 MAX_JOBS                parallel compile jobs
 """
 
