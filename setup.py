@@ -6,7 +6,8 @@ which also loads on a machine without a GPU. Environment variables:
 
 TSCNC_WITH_CUDA=0|1     leave CUDA out, or fail when nvcc is missing (default: use nvcc if found)
 TORCH_CUDA_ARCH_LIST    CUDA architectures, e.g. "8.0;9.0+PTX" (the default)
-TSCNC_SANITIZE=1        AddressSanitizer and UBSan in the CPU code, without CUDA (`make sanitize`)
+TSCNC_SANITIZE=1        AddressSanitizer and UBSan in the CPU code, without CUDA and with
+                        AVX-512's code made of AVX2 instructions (`make sanitize`)
 MAX_JOBS                parallel compile jobs
 """
 
@@ -29,14 +30,18 @@ SOURCE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 TORCH_TARGET_VERSION = "0x020b000000000000"  # stable ABI of torch 2.11
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"
 WIDE = "wide"
+BF16 = "avx512_bf16"
 ISA_FLAGS = {"portable": []}
 if platform.machine() in {"x86_64", "AMD64"}:
     avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-    # AVX-512's vector length from AVX2 instructions: only in development builds, for the tests.
+    # AVX-512's code made of AVX2 instructions, for the tests: in development builds beside AVX-512,
+    # in sanitized ones in its place.
     ISA_FLAGS[WIDE] = [*avx2, "-DTSCNC_WIDE_VECTORS", "-Wno-psabi"]
     ISA_FLAGS["avx2"] = avx2
     ISA_FLAGS["avx512"] = [*avx2, *avx512]
+    # What adds dot products of bfloat16 to AVX-512: the files *_bf16.cpp alone.
+    ISA_FLAGS[BF16] = [*avx2, *avx512, "-mavx512bf16"]
 
 
 SANITIZE_FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -106,8 +111,8 @@ class NinjaBuild(build_ext):
         self.build_dir.mkdir(parents=True, exist_ok=True)
         self.nvcc = None if self.sanitize else find_nvcc()
         archs = cuda_architectures() if self.nvcc else []
-        development = self.inplace and not self.sanitize
-        self.isas = [isa for isa in ISA_FLAGS if development or isa != WIDE]
+        left_out = {"avx512", BF16} if self.sanitize else set() if self.inplace else {WIDE}
+        self.isas = [isa for isa in ISA_FLAGS if isa not in left_out]
         cuda = " ".join(archs) or "none (nvcc not found, or TSCNC_WITH_CUDA=0)"
         print(f"tscnc_kernels: CPU {' '.join(self.isas)}; CUDA {cuda}")
         self.write_config(archs)
@@ -151,6 +156,8 @@ class NinjaBuild(build_ext):
         common += self.sanitize
         if WIDE in self.isas:
             common += ["-DTSCNC_WITH_WIDE"]
+        if self.sanitize:
+            common += ["-DTSCNC_EMULATE_AVX512"]
         host = [*common, *includes, *torch_includes]
         host.append(f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
         if self.nvcc:
@@ -174,7 +181,8 @@ class NinjaBuild(build_ext):
         for source in sorted((ROOT / "csrc").glob("*.cpp")):
             compile_file("cxx", source, "", host)
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            for isa in self.isas:
+            unused = {"portable", "avx2", "avx512"} if source.stem.endswith("_bf16") else {BF16}
+            for isa in [isa for isa in self.isas if isa not in unused]:
                 flags = [*common, *includes, *ISA_FLAGS[isa], f"-DTSCNC_ISA={isa}"]
                 compile_file("cxx", source, f".{isa}", flags)
         if self.nvcc:

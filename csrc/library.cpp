@@ -13,6 +13,7 @@
 
 #include "build_config.h"
 #include "cpu/isa.h"
+#include "cpu/masked_linear_bf16.h"
 
 namespace tscnc {
 namespace {
@@ -24,41 +25,57 @@ std::vector<std::string> words(const char* text) {
   return result;
 }
 
-Isa best_isa() {
+// Instruction sets from the least to the most; all but `wide` contain those before them.
+struct Level {
+  const char* name;
+  Isa isa;
+  bool bf16_dots;
+};
+constexpr Level kLevels[] = {{"portable", Isa::portable, false},
+                             {"wide", Isa::wide, true},
+                             {"avx2", Isa::avx2, false},
+                             {"avx512", Isa::avx512, false},
+                             {"avx512_bf16", Isa::avx512, true}};
+enum : int { kPortable, kWide, kAvx2, kAvx512, kAvx512Bf16, kLevelCount };
+
+int best_level() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) return Isa::avx512;
-  if (avx2) return Isa::avx2;
+  if (!avx2) return kPortable;
+#if !defined(TSCNC_EMULATE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+  }
 #endif
-  return Isa::portable;
+  return kAvx2;
+#else
+  return kPortable;
+#endif
 }
 
-const char* const kIsaNames[] = {"portable", "wide", "avx2", "avx512"};
+bool runs_here(int level) { return level == kWide ? best_level() >= kAvx2 : level <= best_level(); }
 
-const char* name_of(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
-
-bool runs_here(Isa isa) { return isa == Isa::wide ? best_isa() >= Isa::avx2 : isa <= best_isa(); }
-
-Isa parse_isa(const std::string& name) {
+int parse_level(const std::string& name) {
   const std::vector<std::string> compiled = words(TSCNC_CPU_ISAS);
-  for (const Isa isa : {Isa::portable, Isa::wide, Isa::avx2, Isa::avx512}) {
-    if (name != name_of(isa)) continue;
+  for (int level = 0; level < kLevelCount; ++level) {
+    if (name != kLevels[level].name) continue;
     if (std::find(compiled.begin(), compiled.end(), name) == compiled.end()) break;
-    if (runs_here(isa)) return isa;
+    if (runs_here(level)) return level;
     throw std::runtime_error("TSCNC_ISA: this CPU does not run '" + name + "', its best is '" +
-                             name_of(best_isa()) + "'");
+                             kLevels[best_level()].name + "'");
   }
   throw std::runtime_error(std::string("TSCNC_ISA: expected one of ") + TSCNC_CPU_ISAS + ", got '" +
                            name + "'");
 }
 
-std::atomic<int> g_isa{0};
+std::atomic<int> g_level{kPortable};
+
+const Level& active_level() { return kLevels[g_level.load(std::memory_order_relaxed)]; }
 
 void set_isa(const std::string& name) {
-  g_isa.store(static_cast<int>(name.empty() ? best_isa() : parse_isa(name)));
+  g_level.store(name.empty() ? best_level() : parse_level(name));
 }
 
 std::vector<std::string> cpu_features() {
@@ -99,7 +116,9 @@ pybind11::dict build_info() {
 
 }  // namespace
 
-Isa active_isa() { return static_cast<Isa>(g_isa.load(std::memory_order_relaxed)); }
+Isa active_isa() { return active_level().isa; }
+
+bool has_bf16_dots() { return active_level().bf16_dots; }
 
 }  // namespace tscnc
 
@@ -111,6 +130,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_isa", &tscnc::set_isa, pybind11::arg("name"),
              "Run the CPU kernels of this instruction set; an empty name means the best one.");
   module.def(
-      "active_isa", [] { return std::string(tscnc::name_of(tscnc::active_isa())); },
+      "active_isa", [] { return std::string(tscnc::active_level().name); },
       "The instruction set whose CPU kernels run.");
 }

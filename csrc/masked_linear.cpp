@@ -16,6 +16,7 @@
 #include "masked_linear_checks.h"
 #include "masked_linear_matrices.h"
 #include "masked_linear_small_run.h"
+#include "panel_product.h"
 #include "scratch.h"
 #include "sparse_index.h"
 
@@ -118,20 +119,20 @@ Tensor scattered(const Tensor& values, const SparseRows& structure) {
 template <class T>
 void run_product(MaskedProduct<T> call) {
   if (call.input.count == 0) return;
-  const int64_t lanes = TSCNC_SELECT(masked_linear_lanes<T>)();
+  const PanelProduct<T> kernel = panel_product<T>();
+  const int64_t lanes = kernel.lanes();
   const int64_t panels = (call.input.count + lanes - 1) / lanes;
   const int64_t threads = torch::stable::get_num_threads();
   call.row_splits = panels < threads ? (threads + panels - 1) / panels : 1;
   const int64_t work =
       (call.structure.pointers[call.structure.rows] + call.structure.width + call.structure.rows) *
       lanes / call.row_splits;
-  const auto kernel = TSCNC_SELECT(masked_linear_product<T>);
-  const int64_t size = TSCNC_SELECT(masked_linear_scratch<T>)(call.structure.width);
+  const int64_t size = kernel.scratch(call.structure.width);
   torch::stable::parallel_for(0, panels * call.row_splits,
                               std::max<int64_t>(1, kParallelWork / std::max<int64_t>(1, work)),
                               [&](int64_t begin, int64_t end) {
                                 auto* scratch = thread_scratch().reserve<Working<T>>(size);
-                                kernel(call, begin, end, scratch);
+                                kernel.run(call, begin, end, scratch);
                               });
 }
 

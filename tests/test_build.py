@@ -65,6 +65,16 @@ def test_environment_lowers_the_instruction_set(checkout, isa):
     assert result.stdout.strip() == isa, result.stderr
 
 
+def test_an_instruction_set_of_another_cpu_is_an_import_error(checkout):
+    others = set(tscnc_kernels.build_info()["cpu_isas"]) - set(runnable_isas())
+    if not others:
+        pytest.skip("this CPU runs every compiled instruction set")
+    for isa in others:
+        result = run(USE, checkout, TSCNC_ISA=isa)
+        assert result.returncode == 1
+        assert f"this CPU does not run '{isa}', its best is '" in result.stderr
+
+
 def test_unknown_instruction_set_is_an_import_error(checkout):
     result = run(USE, checkout, TSCNC_ISA="sse9")
     assert result.returncode == 1

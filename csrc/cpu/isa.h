@@ -1,7 +1,8 @@
 // Run-time choice between the builds of one kernel file for several CPU instruction sets.
 //
-// Development builds add `wide`: AVX-512's vector length made of AVX2 instructions, so that tests
-// run the code for 512-bit vectors on machines without them.
+// Development builds add `wide`: the code of AVX-512, its intrinsics included, made of AVX2
+// instructions, so that tests run it on machines without AVX-512. A sanitized build compiles it in
+// AVX-512's place (TSCNC_EMULATE_AVX512).
 #pragma once
 
 #define TSCNC_IN_NAMESPACE(name, ...) \
@@ -20,14 +21,19 @@
 #define TSCNC_PER_WIDE(...)
 #define TSCNC_WIDE_OR_AVX2(...) &::tscnc::avx2::__VA_ARGS__
 #endif
+#if defined(TSCNC_EMULATE_AVX512)
+#define TSCNC_AVX512 wide
+#else
+#define TSCNC_AVX512 avx512
+#endif
 #define TSCNC_PER_ISA(...)                  \
   TSCNC_IN_NAMESPACE(portable, __VA_ARGS__) \
   TSCNC_PER_WIDE(__VA_ARGS__)               \
   TSCNC_IN_NAMESPACE(avx2, __VA_ARGS__)     \
-  TSCNC_IN_NAMESPACE(avx512, __VA_ARGS__)
+  TSCNC_IN_NAMESPACE(TSCNC_AVX512, __VA_ARGS__)
 #define TSCNC_SELECT(...)                                                               \
   ::tscnc::select_isa(&::tscnc::portable::__VA_ARGS__, TSCNC_WIDE_OR_AVX2(__VA_ARGS__), \
-                      &::tscnc::avx2::__VA_ARGS__, &::tscnc::avx512::__VA_ARGS__)
+                      &::tscnc::avx2::__VA_ARGS__, &::tscnc::TSCNC_AVX512::__VA_ARGS__)
 #endif
 
 namespace tscnc {

@@ -7,6 +7,7 @@
 
 #include <utility>
 
+#include "gelu.h"
 #include "include/activation.h"
 #include "masked_linear.h"
 #include "vec.h"
@@ -83,19 +84,10 @@ inline Vec<C> sum_each_of(const Row& row, int first = 0) {
   }
 }
 
-// A function of scalars, lane by lane.
-template <class C, class Function>
-inline Vec<C> each_lane(Vec<C> value, Function function) {
-  C lanes[kLanes<C>];
-  store(lanes, value);
-  for (int i = 0; i < kLanes<C>; ++i) lanes[i] = function(lanes[i]);
-  return load(lanes);
-}
-
 template <class C>
 inline Vec<C> activate(Vec<C> value, Activation activation) {
   if (activation == Activation::relu) return value < 0 ? Vec<C>{} : value;
-  if (activation == Activation::gelu) return each_lane<C>(value, [](C z) { return gelu(z); });
+  if (activation == Activation::gelu) return gelu<C>(value);
   return value;
 }
 
@@ -103,9 +95,7 @@ inline Vec<C> activate(Vec<C> value, Activation activation) {
 template <class C>
 inline Vec<C> activation_gradient(Vec<C> gradient, Vec<C> saved, Activation activation) {
   if (activation == Activation::relu) return saved <= 0 ? Vec<C>{} : gradient;
-  if (activation == Activation::gelu) {
-    return gradient * each_lane<C>(saved, [](C z) { return gelu_gradient(z); });
-  }
+  if (activation == Activation::gelu) return gradient * gelu_gradient<C>(saved);
   return gradient;
 }
 

@@ -10,6 +10,9 @@
 #endif
 
 #include "storage_types.h"
+#if defined(TSCNC_WIDE_VECTORS)
+#include "avx512_emulation.h"
+#endif
 
 namespace tscnc::TSCNC_ISA {
 
@@ -85,7 +88,7 @@ inline void store(bf16* target, Vec<float> value) {
   std::memcpy(target, &narrow, sizeof(narrow));
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(TSCNC_WIDE_VECTORS)
 // With a full mask: the forms without one make gcc warn of uninitialised variables in its header.
 inline Vec<float> load(const fp16* source) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
@@ -95,7 +98,7 @@ inline void store(fp16* target, Vec<float> value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
                       _mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT));
 }
-#elif defined(__F16C__) && !defined(TSCNC_WIDE_VECTORS)
+#elif defined(__F16C__)
 inline Vec<float> load(const fp16* source) {
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
 }

@@ -59,22 +59,29 @@ inline Vec<S> sqrt(Vec<S> x) {
   return load(lanes);
 }
 
-// Arguments beyond the range of normal results give the smallest or largest one; NaN stays NaN.
+// exp(x + low), |low| < 0.06, with the digits of x + low that a rounded sum would lose. Arguments
+// beyond the range of normal results give the smallest or largest one; NaN stays NaN.
 template <class S>
-inline Vec<S> exp(Vec<S> x) {
+inline Vec<S> exp(Vec<S> x, Vec<S> low) {
   using Layout = FloatLayout<S>;
   using BitVec = Vec<typename Layout::UnsignedBits>;
   x = x < Layout::kMinExp ? broadcast(Layout::kMinExp) : x;
   x = x > Layout::kMaxExp ? broadcast(Layout::kMaxExp) : x;
   const Vec<S> rounded = x * S(0x1.71547652b82fep0) + Layout::kRound;
   const Vec<S> power = rounded - Layout::kRound;
-  const Vec<S> rest = (x - power * Layout::kLn2High) - power * Layout::kLn2Low;
+  const Vec<S> rest = (x - power * Layout::kLn2High) - power * Layout::kLn2Low + low;
   Vec<S> sum = broadcast(S(1));
-  // Taylor's polynomial by Horner: |rest| <= ln(2) / 2, so the next term is below half an ulp.
+  // Taylor's polynomial by Horner: |rest| <= ln(2) / 2 + |low|, so the next term is below half an
+  // ulp.
 #pragma GCC unroll 16
   for (int k = Layout::kExpTerms; k > 0; --k) sum = S(1) + rest * (S(1) / S(k)) * sum;
   const BitVec exponent = bit_cast<BitVec>(rounded) - bit_cast<BitVec>(broadcast(Layout::kRound));
   return sum * bit_cast<Vec<S>>((exponent + Layout::kBias) << Layout::kMantissaBits);
+}
+
+template <class S>
+inline Vec<S> exp(Vec<S> x) {
+  return exp<S>(x, Vec<S>{});
 }
 
 // log(0) = -inf, log(inf) = inf, negative or NaN gives NaN. A subnormal argument counts as zero.
