@@ -115,16 +115,8 @@ void product_tile(const MaskedProduct<bf16>& call, int64_t row, int64_t rows, in
                            sum);
     for (int v = 0; v < kVecs; ++v) store(tile + r * kWidth + v * kLane, sum[v]);
   }
-  const int64_t stride = call.structure.rows, offset = sample * stride + row;
-  if (call.preactivation != nullptr) {
-    unpack<bf16, kVecs>(tile, rows, count, call.preactivation + offset, stride);
-  }
-  if (call.activation != Activation::none) {
-    for (int64_t i = 0; i < rows * kWidth; i += kLane) {
-      store(tile + i, activate<float>(load(tile + i), call.activation));
-    }
-  }
-  unpack<bf16, kVecs>(tile, rows, count, call.output + offset, stride);
+  finish_tile<bf16, kVecs>(tile, row, rows, sample, count, call.activation, call.preactivation,
+                           call.output);
 }
 
 }  // namespace
