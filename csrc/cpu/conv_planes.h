@@ -108,6 +108,28 @@ inline void pack_run(const Images<T>& source, const PixelRun& run, int64_t prese
   }
 }
 
+// One row of a plane: `count` neighbours in memory from `offset` on, at column `low` between zeros.
+// What is stored behind the row is overwritten later. The same row of the next channel is fetched.
+template <class T>
+inline void pack_row(const Images<T>& source, int64_t offset, int64_t count, int64_t low,
+                     int64_t width, Compute<T>* target) {
+  using C = Compute<T>;
+  constexpr int kW = kLanes<T>, kLine = 64 / static_cast<int>(sizeof(T));
+  const T* from = source.data + offset;
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + source.channel_stride + i);
+  for (int64_t i = 0; i < low; i += kW) store(target + i, Vec<C>{});
+  if (source.saved == nullptr) {
+    for (int64_t i = 0; i < count; i += kW) store(target + low + i, load(from + i));
+  } else {
+    const T* saved = source.saved + offset;
+    for (int64_t i = 0; i < count; i += kW) {
+      store(target + low + i,
+            activation_gradient<C>(load(from + i), load(saved + i), source.activation));
+    }
+  }
+  for (int64_t i = low + count; i < width; i += kW) store(target + i, Vec<C>{});
+}
+
 // The same for `channels` neighbours of one pixel in memory, each to its own plane.
 template <class T>
 inline void pack_channels(const Images<T>& source, const PixelRun& run, int64_t present,
@@ -168,6 +190,7 @@ void pack_planes(const Images<T>& source, const Planes& planes, int64_t image, i
     for (int64_t a = 0; a < planes.phases_h; ++a) {
       for (int64_t b = 0; b < planes.phases_w; ++b) {
         // Column j of the plane holds column j * stride_w + shift of the image.
+        const bool plain = !planes.interleaved && planes.stride_w * source.pixel_stride == 1;
         const int64_t shift = planes.phase_w[b] - planes.left, step = planes.stride_w;
         const int64_t low = bounded(shift < 0 ? (-shift + step - 1) / step : 0);
         const int64_t high =
@@ -176,13 +199,17 @@ void pack_planes(const Images<T>& source, const Planes& planes, int64_t image, i
           const int64_t h = (first_row + i) * planes.stride_h + planes.phase_h[a] - planes.top;
           const bool inside = h >= 0 && h < source.height && low < high;
           const int64_t from = inside ? low : planes.width, to = inside ? high : planes.width;
+          const PixelRun run{image * source.image_stride + channel * source.channel_stride +
+                                 h * source.row_stride + (low * step + shift) * source.pixel_stride,
+                             step * source.pixel_stride, high - low};
+          if (inside && plain && run.offset + run.count + kLanes<T> <= source.extent) {
+            pack_row(source, run.offset, run.count, low, planes.width, row);
+            continue;
+          }
           for (int64_t c = 0; c < channels; ++c) {
             clear(row + c * size, 0, from, group, channels_inner);
           }
           if (!inside) continue;
-          const PixelRun run{image * source.image_stride + channel * source.channel_stride +
-                                 h * source.row_stride + (low * step + shift) * source.pixel_stride,
-                             step * source.pixel_stride, high - low};
           if (channels_inner) {
             pack_channels(source, run, present, planes.interleaved, channels, row + low * group,
                           size);
@@ -198,6 +225,23 @@ void pack_planes(const Images<T>& source, const Planes& planes, int64_t image, i
   }
   C* behind = packed + (end - begin) * size;
   for (int i = 0; i < kConvTileVecs; ++i) store(behind + i * kLanes<C>, Vec<C>{});
+}
+
+// All channels of which some kept weight reads; null for all. What kernels read beyond a channel is
+// zero or belongs to the next.
+template <class T>
+void pack_used(const Images<T>& source, const Planes& planes, int64_t image, int64_t present,
+               int64_t first_row, const uint8_t* used, Compute<T>* packed) {
+  int64_t begin = 0, channels = source.channels;
+  while (begin < channels) {
+    int64_t end = begin;
+    while (end < channels && (used == nullptr || used[end])) ++end;
+    if (end > begin) {
+      pack_planes<T>(source, planes, image, present, first_row, begin, end,
+                     packed + begin * channel_size<T>(planes));
+    }
+    begin = end + 1;
+  }
 }
 
 }  // namespace tscnc::TSCNC_ISA

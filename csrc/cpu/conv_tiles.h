@@ -7,87 +7,79 @@
 
 namespace tscnc::TSCNC_ISA {
 
-// `rows` x `vecs` vectors of results. Interleaved, they are the pixels from (row, column) on; else
-// the pixels from `first` on, counted along the rows of the padded plane, some of which lie behind
-// the end of a row of the grid. `first` is the place of the first one in a plane.
+// `rows` x `vecs` vectors of results, from a row of the grid and a vector of that row on. A vector
+// is one pixel of interleaved images, else kLanes neighbouring pixels of one image, the last of
+// which may lie behind the end of the row. `first` is the place of the first pixel in a plane.
 struct Tile {
   int64_t rows, vecs;
   int64_t row, column;
   int64_t first;
 };
 
-// Calls function(tile) for pieces of `vecs` vectors that cover the grid's rows [0, height) of
-// planes that are not interleaved.
-template <class T, class Function>
-inline void for_each_piece(const Planes& planes, int64_t height, int64_t width, int64_t vecs,
-                           const Function& function) {
-  const int64_t most = vecs * kLanes<T>, count = (height - 1) * planes.width + width;
-  for (int64_t first = 0; first < count; first += most) {
-    const int64_t left = count - first < most ? count - first : most;
-    function(Tile{1, (left + kLanes<T> - 1) / kLanes<T>, 0, 0, first});
-  }
+// Vectors of one row of a grid.
+template <class T>
+inline int64_t row_vecs(const Planes& planes, int64_t width) {
+  return planes.interleaved ? width : (width + kLanes<T> - 1) / kLanes<T>;
 }
 
-// The same for interleaved planes: whole rows of the grid, `together` at once.
+// Calls function(tile) for whole rows of the grid's rows [from, height), `together` at once.
 template <class T, class Function>
-inline void for_each_rows(const Planes& planes, int64_t height, int64_t width, int64_t together,
-                          const Function& function) {
-  for (int64_t row = 0; row < height; row += together) {
+inline void for_each_rows(const Planes& planes, int64_t from, int64_t height, int64_t width,
+                          int64_t together, const Function& function) {
+  const int64_t vecs = row_vecs<T>(planes, width);
+  const int64_t next_row = planes.width * group_size<T>(planes);
+  for (int64_t row = from; row < height; row += together) {
     const int64_t rows = height - row < together ? height - row : together;
-    function(Tile{rows, width, row, 0, row * planes.width * kLanes<T>});
+    function(Tile{rows, vecs, row, 0, row * next_row});
   }
 }
 
-// Strips of results that are written together: one tile, or rows of tiles.
-template <class T, class Function>
-inline void for_each_strip(const Planes& planes, int64_t height, int64_t width,
-                           const Function& function) {
-  if (planes.interleaved) {
-    for_each_rows<T>(planes, height, width, 2 * width <= kConvTileVecs ? 2 : 1, function);
-  } else {
-    for_each_piece<T>(planes, height, width, kConvTileVecs, function);
-  }
+// Rows of a strip of results: as many as fill a tile of at most `most` vectors.
+template <class T>
+inline int64_t strip_rows(const Planes& planes, int64_t width, int64_t most) {
+  const int64_t vecs = row_vecs<T>(planes, width);
+  return vecs < most ? most / vecs : 1;
 }
 
 // Runs that a weight's gradient is summed over in registers: long enough to make up for reducing
 // the sums, short enough for their pixels to stay in a cache.
 template <class T, class Function>
-inline void for_each_run_of(const Planes& planes, int64_t height, int64_t width,
-                            const Function& function) {
-  if (planes.interleaved) {
-    const int64_t rows = (kConvRunVecs + width - 1) / width;
-    for_each_rows<T>(planes, height, width, rows, function);
-  } else {
-    for_each_piece<T>(planes, height, width, kConvRunVecs, function);
-  }
+inline void for_each_run(const Planes& planes, int64_t height, int64_t width,
+                         const Function& function) {
+  const int64_t vecs = row_vecs<T>(planes, width);
+  for_each_rows<T>(planes, 0, height, width, (kConvRunVecs + vecs - 1) / vecs, function);
 }
 
-// Calls function(tile) for the tiles of a strip.
+// Calls function(tile) for the tiles of a strip, of at most `most` vectors and of similar widths.
 template <class T, class Function>
-inline void for_each_tile(const Planes& planes, const Tile& strip, const Function& function) {
-  if (!planes.interleaved) return function(strip);
-  const int64_t cuts = (strip.vecs + kConvTileVecs - 1) / kConvTileVecs;
+inline void for_each_tile(const Tile& strip, int64_t most, const Function& function) {
+  const int64_t cuts = (strip.vecs + most - 1) / most;
   for (int64_t cut = 0; cut < cuts; ++cut) {
     const int64_t column = strip.vecs * cut / cuts, end = strip.vecs * (cut + 1) / cuts;
     function(Tile{strip.rows, end - column, strip.row, column, strip.first + column * kLanes<T>});
   }
 }
 
-// Calls function(rows, vecs) with the tile's sizes as constants.
-template <class Function>
-inline void with_tile_shape(const Tile& tile, const Function& function) {
-  const auto call = [&](auto rows, auto vecs) {
-    constexpr int kRows = decltype(rows)::value, kVecs = decltype(vecs)::value;
-    if (tile.rows != kRows || tile.vecs != kVecs) return;
-    function(rows, vecs);
-  };
-  const auto each = [&](auto rows, auto... vecs) { (call(rows, vecs), ...); };
-  using std::integral_constant;
-#define TSCNC_VECS(n) integral_constant<int, n>()
-  each(TSCNC_VECS(1), TSCNC_VECS(1), TSCNC_VECS(2), TSCNC_VECS(3), TSCNC_VECS(4), TSCNC_VECS(5),
-       TSCNC_VECS(6), TSCNC_VECS(7), TSCNC_VECS(8));
-  each(TSCNC_VECS(2), TSCNC_VECS(1), TSCNC_VECS(2), TSCNC_VECS(3), TSCNC_VECS(4));
-#undef TSCNC_VECS
+// How often a kernel runs on tiles of one shape, and the elements from one to the next.
+struct Repeat {
+  int64_t count, planes, sums, held;
+};
+
+// Table of a kernel's versions for all tiles of at most kMost vectors: Of::get<rows, vecs>().
+template <class Of, int kMost, size_t... kShapes>
+inline auto kernel_for(const Tile& tile, std::index_sequence<kShapes...>) {
+  using Kernel = decltype(Of::template get<1, 1>());
+  static constexpr Kernel kTable[] = {[] {
+    constexpr int kRows = kShapes / kMost + 1, kVecs = kShapes % kMost + 1;
+    if constexpr (kRows * kVecs <= kMost) return Of::template get<kRows, kVecs>();
+    return Kernel(nullptr);
+  }()...};
+  return kTable[(tile.rows - 1) * kMost + tile.vecs - 1];
+}
+
+template <class Of, int kMost>
+inline auto kernel_for(const Tile& tile) {
+  return kernel_for<Of, kMost>(tile, std::make_index_sequence<kMost * kMost>());
 }
 
 // Where the results of one tensor go: strides in elements from a first image and row of the grid.
@@ -110,31 +102,58 @@ inline void put(T* target, int64_t step, Vec<Compute<T>> value, int64_t count) {
   }
 }
 
-// Calls function(lane, count, offset, step) for the runs of a tile: `count` lanes from `lane` on
+// Calls function(lane, count, offset, step) for the vectors of a tile: `count` lanes from `lane` on
 // are results that lie at offset, offset + step, ... of the target.
 template <class T, class Function>
-inline void for_each_run(const Planes& planes, const Tile& tile, int64_t height, int64_t width,
-                         int64_t present, const Target<T>& target, const Function& function) {
+inline void for_each_vec(const Planes& planes, const Tile& tile, int64_t width, int64_t present,
+                         const Target<T>& target, const Function& function) {
   constexpr int64_t kW = kLanes<T>;
-  if (planes.interleaved) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      for (int64_t v = 0; v < tile.vecs; ++v) {
-        const int64_t offset =
-            (tile.row + r) * target.row_stride + (tile.column + v) * target.pixel_stride;
-        function((r * tile.vecs + v) * kW, present, offset, target.image_stride);
+  const int64_t pixels = planes.interleaved ? 1 : kW;
+  const int64_t step = planes.interleaved ? target.image_stride : target.pixel_stride;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t v = 0; v < tile.vecs; ++v) {
+      const int64_t column = (tile.column + v) * pixels;
+      const int64_t left = width - column < kW ? width - column : kW;
+      function((r * tile.vecs + v) * kW, planes.interleaved ? present : left,
+               (tile.row + r) * target.row_stride + column * target.pixel_stride, step);
+    }
+  }
+}
+
+// Whether whole vectors of one channel's rows that end at row `end` may be stored where they
+// belong, from the top of the grid down: what lies behind the end of a row is overwritten by the
+// next ones.
+template <class T>
+inline bool stores_whole(const Planes& planes, int64_t end, int64_t height, int64_t width,
+                         const Target<T>& target) {
+  const int64_t behind = row_vecs<T>(planes, width) * kLanes<T> - width;
+  return !planes.interleaved && target.pixel_stride == 1 && target.row_stride == width &&
+         (height - end) * width >= behind;
+}
+
+// Strips of `rows` rows from the top of the grid that may be stored like this.
+template <class T>
+inline int64_t whole_strips(const Planes& planes, int64_t rows, int64_t height, int64_t width,
+                            const Target<T>& target) {
+  int64_t count = height / rows;
+  while (count > 0 && !stores_whole(planes, count * rows, height, width, target)) --count;
+  return count;
+}
+
+// The same value everywhere in one channel of `images` images.
+template <class T>
+void fill(const Target<T>& target, int64_t images, int64_t height, int64_t width,
+          Vec<Compute<T>> value) {
+  const bool joined = target.pixel_stride == 1 && target.row_stride == width;
+  const int64_t rows = joined ? 1 : height, count = joined ? height * width : width;
+  for (int64_t image = 0; image < images; ++image) {
+    for (int64_t row = 0; row < rows; ++row) {
+      T* to = target.data + image * target.image_stride + row * target.row_stride;
+      for (int64_t i = 0; i < count; i += kLanes<T>) {
+        const int64_t left = count - i < kLanes<T> ? count - i : kLanes<T>;
+        put(to + i * target.pixel_stride, target.pixel_stride, value, left);
       }
     }
-    return;
-  }
-  int64_t row = tile.first / planes.width, column = tile.first % planes.width, lane = 0;
-  for (; lane < tile.vecs * kW && row < height; ++row, column = 0) {
-    const int64_t on_tile = tile.vecs * kW - lane;
-    const int64_t in_grid = width - column < on_tile ? width - column : on_tile;
-    for (int64_t j = 0; j < in_grid; j += kW) {
-      function(lane + j, in_grid - j < kW ? in_grid - j : kW,
-               row * target.row_stride + (column + j) * target.pixel_stride, target.pixel_stride);
-    }
-    lane += planes.width - column;
   }
 }
 
@@ -180,7 +199,7 @@ void unpack_tile(const Planes& planes, const Tile& tile, int64_t height, int64_t
   constexpr int64_t kW = kLanes<T>;
   const int64_t size = tile.rows * tile.vecs * kW;
   if (target.channel_stride == 1 && target.pixel_stride != 1) {
-    for_each_run<T>(planes, tile, height, width, present, target,
+    for_each_vec<T>(planes, tile, width, present, target,
                     [&](int64_t lane, int64_t count, int64_t offset, int64_t step) {
                       for (int64_t row = 0; row < rows; row += kW) {
                         const int64_t left = rows - row < kW ? rows - row : kW;
@@ -196,11 +215,13 @@ void unpack_tile(const Planes& planes, const Tile& tile, int64_t height, int64_t
     return;
   }
   if (!planes.interleaved) {
+    const bool whole = stores_whole(planes, tile.row + tile.rows, height, width, target);
     for (int64_t row = 0; row < rows; ++row) {
       T* data = target.data + row * target.channel_stride;
-      for_each_run<T>(planes, tile, height, width, present, target,
+      for_each_vec<T>(planes, tile, width, present, target,
                       [&](int64_t lane, int64_t count, int64_t offset, int64_t step) {
-                        put(data + offset, step, load(sums + row * size + lane), count);
+                        put(data + offset, step, load(sums + row * size + lane),
+                            whole ? kW : count);
                       });
     }
     return;

@@ -42,13 +42,15 @@ struct Taps {
   int64_t rows, blocks;
 };
 
-// One unit-stride convolution: a grid of results from `output_offset` on.
+// One unit-stride convolution: a grid of results from `output_offset` on. The input's gradient has
+// one part per phase of the stride; its results are those of rows phase_h, phase_h + stride, ...
 template <class T>
 struct ConvPart {
   Taps taps;
   const Working<T>* values;
   int64_t height, width;
   int64_t output_offset;
+  int32_t phase_h, phase_w;
 };
 
 // Every row of every part's taps gives one channel of results act(sum + bias). The strides are the
@@ -56,6 +58,7 @@ struct ConvPart {
 template <class T>
 struct ConvProduct {
   Images<T> input;
+  const uint8_t* used;  // per channel of the input, whether some weight reads it; null: all
   Planes planes;
   const ConvPart<T>* parts;
   int64_t part_count;
@@ -66,6 +69,7 @@ struct ConvProduct {
   T* preactivation;  // the same without the activation, or null
   int64_t image_stride, channel_stride, row_stride, pixel_stride;
   int64_t row_splits;
+  int64_t together;  // rows whose results are computed tile by tile together
 };
 
 // values_gradient[j] += the sum over images and pixels of gradient times the input that weight j
@@ -73,6 +77,7 @@ struct ConvProduct {
 template <class T>
 struct ConvWeightGradient {
   Images<T> input;
+  const uint8_t* used;  // per channel of the input, whether some weight reads it; null: all
   Planes planes;
   Taps taps;
   Images<T> gradient;
@@ -81,6 +86,27 @@ struct ConvWeightGradient {
   Working<T>* bias_gradient;    // (rows,) or null
 };
 
+// The gradients of the input and of the weight from one pass over the output's gradient: in the
+// order of the input's gradient, a weight multiplies the same pixels into the sums that it belongs
+// to and, times the input at their place, into its own gradient. Taps have one block.
+template <class T>
+struct ConvBackward {
+  Images<T> gradient;   // of the output
+  const uint8_t* used;  // per channel of it, whether it is needed; null: all
+  Planes planes;
+  const ConvPart<T>* parts;
+  int64_t part_count;
+  int64_t height, band;
+  Images<T> input;
+  int64_t stride_h, stride_w;
+  T* input_gradient;
+  int64_t image_stride, channel_stride, row_stride, pixel_stride;  // of one part
+  Working<T>* values_gradient;  // (nnz,) in the order of the taps, added to
+  Working<T>* bias_gradient;    // (rows,), added to, or null
+};
+
+// Vectors of a tile of ConvBackward: sums and held input fill half the registers.
+constexpr int64_t kConvBothVecs = 4;
 // Vectors of a tile of results: with them, the registers are half full.
 constexpr int64_t kConvTileVecs = 8;
 // Vectors of gradients that a weight's gradient is summed over at once.
@@ -104,5 +130,16 @@ TSCNC_PER_ISA(template <class T> void masked_conv2d_product(const ConvProduct<T>
 TSCNC_PER_ISA(template <class T>
               void masked_conv2d_weight_gradient(const ConvWeightGradient<T>& call, int64_t begin,
                                                  int64_t end, Working<T>* scratch);)
+
+// Elements of Working<T> that one thread needs for a channel of at most `most` weights.
+TSCNC_PER_ISA(template <class T>
+              int64_t masked_conv2d_backward_scratch(const ConvBackward<T>& call, int64_t most);)
+
+// The input's channels [begin, end), with the gradients of their weights, and the bias's entries
+// [bias_begin, bias_end), over all images in order.
+TSCNC_PER_ISA(template <class T> void masked_conv2d_backward(const ConvBackward<T>& call,
+                                                             int64_t begin, int64_t end,
+                                                             int64_t bias_begin, int64_t bias_end,
+                                                             Working<T>* scratch);)
 
 }  // namespace tscnc

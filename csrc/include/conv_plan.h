@@ -61,19 +61,22 @@ inline ChannelBlocks channel_blocks(int64_t channels, int64_t rows, int64_t kept
   return {size, (channels + size - 1) / size};
 }
 
+// Pixels of packed planes as elements.
+inline int64_t pixel_elements(const Planes& planes, int64_t lanes) {
+  return planes.interleaved ? lanes : 1;
+}
+
 // Bytes of one channel that a tile reads, when taps reach over `rows` x `columns` more pixels.
 inline int64_t tile_bytes(const Planes& planes, int64_t rows, int64_t columns, int64_t grid_width,
                           int64_t lanes, int64_t element_bytes) {
   const int64_t phases = planes.phases_h * planes.phases_w;
-  int64_t pixels;
-  if (planes.interleaved) {
-    const int64_t cuts = (grid_width + kConvTileVecs - 1) / kConvTileVecs;
-    const int64_t tile_rows = 2 * grid_width <= kConvTileVecs ? 2 : 1;
-    pixels = (tile_rows + rows) * ((grid_width + cuts - 1) / cuts + columns) * lanes;
-  } else {
-    const int64_t tile = kConvTileVecs * lanes;
-    pixels = std::min((rows + 1) * (tile + columns), tile + rows * planes.width + columns);
-  }
+  const int64_t step = planes.interleaved ? 1 : lanes;
+  const int64_t vecs = (grid_width + step - 1) / step;
+  const int64_t cuts = (vecs + kConvTileVecs - 1) / kConvTileVecs;
+  const int64_t tile_rows = vecs < kConvTileVecs ? kConvTileVecs / vecs : 1;
+  const int64_t tile_columns = (vecs + cuts - 1) / cuts * step;
+  const int64_t pixels =
+      (tile_rows + rows) * (tile_columns + columns) * pixel_elements(planes, lanes);
   return pixels * phases * element_bytes;
 }
 
@@ -131,29 +134,52 @@ inline void check_offsets(const char* op, int64_t channels, const Planes& planes
                   elements, " packed elements); use algorithm='dense'");
 }
 
-// Pixels of packed planes as elements.
-inline int64_t pixel_elements(const Planes& planes, int64_t lanes) {
-  return planes.interleaved ? lanes : 1;
-}
-
 inline int64_t channel_elements(const Planes& planes, int64_t lanes) {
   return planes.phases_h * planes.phases_w * planes.rows * planes.width *
          pixel_elements(planes, lanes);
 }
 
 // Rows of the grid that are packed at once: bands of equal height whose planes stay in the caches
-// near the core, high enough that packing the rows that neighbouring bands share costs little.
-inline int64_t band_rows(int64_t height, int64_t reach, int64_t row_bytes) {
-  constexpr int64_t kPackedBytes = 1 << 20, kFewestRows = 4;
-  const int64_t fitting = std::max(kPackedBytes / std::max<int64_t>(1, row_bytes) - reach,
+// near the core, high enough that packing the rows that neighbouring bands share costs little. That
+// costs more where images are interleaved.
+inline int64_t band_rows(int64_t height, int64_t reach, int64_t row_bytes, bool interleaved) {
+  constexpr int64_t kFewestRows = 4;
+  const int64_t packed_bytes = interleaved ? 1 << 20 : 1 << 18;
+  const int64_t fitting = std::max(packed_bytes / std::max<int64_t>(1, row_bytes) - reach,
                                    std::max(kFewestRows, reach));
   const int64_t bands = (height + fitting - 1) / fitting;
   return (height + bands - 1) / bands;
 }
 
+// Per channel of the input, whether a kept weight reads it.
+inline std::vector<uint8_t> used_inputs(const ConvShape& shape, const SparseRows& structure) {
+  std::vector<uint8_t> used(static_cast<size_t>(shape.in_channels));
+  const auto kernel = static_cast<int32_t>(shape.height.kernel * shape.width.kernel);
+  int64_t left = shape.in_channels;
+  for (int64_t row = 0; row < structure.rows && left > 0; ++row) {
+    const int64_t first = row / shape.group_out() * shape.group_in();
+    for (int32_t j = structure.pointers[row]; j < structure.pointers[row + 1]; ++j) {
+      uint8_t& here = used[static_cast<size_t>(first + structure.columns[j] / kernel)];
+      left -= 1 - here;
+      here = 1;
+    }
+  }
+  return used;
+}
+
+// Per channel of the output, whether it has a kept weight.
+inline std::vector<uint8_t> used_outputs(const SparseRows& structure) {
+  std::vector<uint8_t> used;
+  for (int64_t row = 0; row < structure.rows; ++row) {
+    used.push_back(structure.pointers[row] < structure.pointers[row + 1]);
+  }
+  return used;
+}
+
 // A grid of results and the images it is computed from, along both axes.
 struct Grid {
-  int64_t channels, height, width;
+  int64_t channels, packed;  // all, and those that are packed
+  int64_t height, width;
   int64_t top, left, stride_h, stride_w;
 };
 
@@ -167,8 +193,8 @@ inline OwnedPlanes planes_for(const char* op, const Grid& grid, const AxisTaps& 
                     w.phases,
                     0};
   owned.planes.rows = 1;
-  const int64_t row_bytes = grid.channels * channel_elements(owned.get(), lanes) * element_bytes;
-  owned.band = band_rows(grid.height, h.reach, row_bytes);
+  const int64_t row_bytes = grid.packed * channel_elements(owned.get(), lanes) * element_bytes;
+  owned.band = band_rows(grid.height, h.reach, row_bytes, interleaved);
   owned.planes.rows = owned.band + h.reach;
   check_offsets(op, grid.channels, owned.get(), lanes);
   return owned;

@@ -15,6 +15,7 @@ struct OwnedTaps {
   std::vector<int32_t> bounds;
   const int32_t* offsets;
   int64_t rows, blocks;
+  const int32_t* places;  // of the pattern's entries among the input gradient's taps
 
   Taps get() const { return {bounds.data(), offsets, rows, blocks}; }
 };
@@ -58,7 +59,7 @@ inline OwnedTaps forward_taps(const ConvShape& shape, const SparseRows& structur
   const int64_t block_width = blocks.channels * shape.height.kernel * shape.width.kernel;
   int32_t* offsets = memory.reserve<int32_t>(structure.pointers[rows] + 1);
   OwnedTaps taps{std::vector<int32_t>(static_cast<size_t>(rows * blocks.count + 1)), offsets, rows,
-                 blocks.count};
+                 blocks.count, nullptr};
   for (int64_t row = 0, j = 0; row < rows; ++row) {
     for (int64_t block = 0; block < blocks.count; ++block) {
       const int64_t end = block + 1 == blocks.count ? structure.width : (block + 1) * block_width;
@@ -124,7 +125,7 @@ OwnedTaps backward_taps(const ConvShape& shape, const SparseRows& structure, con
   const int32_t *pointers = structure.pointers, *columns = structure.columns;
   const int64_t kept = pointers[structure.rows];
   OwnedTaps taps{std::vector<int32_t>(static_cast<size_t>(parts * blocks.count * channels + 1)),
-                 nullptr, channels, blocks.count};
+                 nullptr, channels, blocks.count, nullptr};
   const auto for_entries = [&](const auto& function) {
     for (int64_t row = 0; row < structure.rows; ++row) {
       const int64_t group = row / shape.group_out(), local = row % shape.group_out();
@@ -137,15 +138,21 @@ OwnedTaps backward_taps(const ConvShape& shape, const SparseRows& structure, con
   for_entries([&](int32_t, int64_t, size_t place) { ++taps.bounds[place + 1]; });
   sum_up(taps.bounds);
   std::vector<int32_t> next = taps.bounds;
-  int32_t* offsets = memory.reserve<int32_t>(kept + 1);
+  // Kernels look up pixels to fetch behind the last offset.
+  constexpr int64_t kBehind = 16;
+  int32_t* offsets = memory.reserve<int32_t>(2 * kept + kBehind);
+  std::fill(offsets + kept, offsets + kept + kBehind, 0);
+  int32_t* places = offsets + kept + kBehind;
   C* ordered = value_memory.reserve<C>(kept + 1);
   const int64_t size = channel_elements(planes, lanes);
   for_entries([&](int32_t j, int64_t row, size_t place) {
     const int32_t to = next[place]++;
     offsets[to] = static_cast<int32_t>(row * size) + position[static_cast<size_t>(columns[j])];
     ordered[to] = values[j];
+    places[j] = to;
   });
   taps.offsets = offsets;
+  taps.places = places;
   return taps;
 }
 

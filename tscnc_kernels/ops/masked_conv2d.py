@@ -17,12 +17,12 @@ weight meets all results at one offset; a tile of results stays in registers whi
 of its channel run by. "plane" packs one image after the other, results are neighbours in a row;
 "batch" packs a vector's worth of images element by element, so that every load is aligned and no
 lane falls on padding (csrc/cpu/masked_conv2d.h). dX is the same product with transposed taps on
-padded G, a stride cuts planes into phases, and dW are inner products on the same planes. "dense"
-is torch's convolution with W ∘ M. The other backends have only "dense".
+padded G, a stride cuts planes into phases, and dW are inner products; wanted by one algorithm, both
+come from one pass over G. "dense" is torch's convolution with W ∘ M, all that other backends have.
 
-Source: one offset per kept weight, Elsen et al., arXiv 1911.09723 (1×1 kernels); separate passes
-for dX and dW instead of one that scatters, as in Nikdan et al., arXiv 2302.04852. Deviations: none
-in the formula; reductions are ordered, so that results do not depend on threads.
+Source: one offset per kept weight, Elsen et al., arXiv 1911.09723 (1×1 kernels); dX and dW from one
+pass, Nikdan et al., arXiv 2302.04852, here without scattering. Deviations: none in the formula;
+reductions are ordered, so that results do not depend on threads.
 """
 
 import inspect
