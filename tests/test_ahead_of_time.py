@@ -25,6 +25,15 @@ INSTRUCTIONS = [
     ("transformed_l1.cu", r"transformed_l1_kernel<float, true, false>", ["LDG.E.128"]),
     ("transformed_l1.cu", r"transformed_l1_kernel<float, .*, true>", ["LDG.E.128", "STG.E.128"]),
     ("transformed_l1.cu", r"transformed_l1_kernel<__nv_bfloat16, .*", ["LDG.E.128"]),
+    ("masked_linear.cu", r"panel_product_kernel<.*", ["LDG.E.128", "LDS.128", "STS.128"]),
+    ("masked_linear_weight_gradient.cu", r"weight_gradient_kernel<.*", ["LDS.128", "STS.128"]),
+    ("masked_linear_small.cu", r"small_product_kernel<float, .*", ["LDG.E.128"]),
+    (
+        "masked_linear_small.cu",
+        r"small_product_kernel<__nv_bfloat16, .*",
+        ["LDG.E.128", "LDG.E.64"],
+    ),
+    ("sparsity_values.cu", r"mask_kernel<.*", ["LDG.E.128", "STG.E.128"]),
     ("triton/transformed_l1.py", r"transformed_l1_kernel\[.*", ["LDG.E.128"]),
     ("triton/transformed_l1.py", r".*WITH_GRADIENT.*", ["STG.E.128"]),
 ]

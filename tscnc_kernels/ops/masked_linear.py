@@ -38,7 +38,7 @@ from tscnc_kernels._checks import check_masked_operands, check_name
 from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
 from tscnc_kernels._masked_native import native_gradients, native_product
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
-from tscnc_kernels._masked_weight import kept_values, masked_weight
+from tscnc_kernels._masked_weight import kept_values, masked, masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -120,7 +120,7 @@ def reference_backward(
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = kept_values(grad_weight, pattern)
     elif grad_weight is not None and not dense_grad:
-        grad_weight = grad_weight.where(pattern.mask, grad_weight.new_zeros(()))
+        grad_weight = masked(grad_weight, pattern)
     return grad_input, grad_weight, gradient.sum(0) if needs[2] else None
 
 
