@@ -78,7 +78,7 @@ def layer(batch, rows, width, kept, dtype, device):
 @needs_gpu
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_cuda_algorithms_match_float64_reference(dtype, algorithm):
+def test_native_cuda_algorithms_match_float64_reference(dtype, algorithm):
     shapes = (1, 63, 37), (13, 129, 600), (130, 131, 257), (520, 96, 4100)
     for shape, kind in itertools.product(shapes, MASKS):
         compare_with_float64(kind, shape, dtype, algorithm)

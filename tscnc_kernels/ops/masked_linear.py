@@ -14,7 +14,8 @@ the kept entries once per panel, in registers (csrc/cpu/panel.h); the forward pr
 transposed index and dW at the kept entries all work so. "small_batch" does so for up to 16 samples
 and adds dX up row by row; "spmv" takes one sample at a time from a plain vector; "block" shares
 loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
-other backends have.
+reference has; the triton backend applies the mask inside its own (for weights that hold something
+off it). CUDA has "panel", with samples in shared memory, and one kernel for both few and one.
 
 Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with
 separate passes for dX and dW. Deviations: none in the formula; reductions are ordered, so that
@@ -44,7 +45,7 @@ from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Native first: benchmarks/results/*/masked_linear.csv.
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 _backend.register("masked_linear", BACKENDS)
 
 
@@ -160,6 +161,7 @@ class _Options(NamedTuple):
     dense_grad: bool
     assume_masked: bool
     algorithms: Choice
+    backend: str
 
 
 def _forward(
@@ -177,6 +179,12 @@ def _forward(
         if algorithm != DENSE:
             activation = ACTIVATIONS[options.activation]
             return native_product(algorithm, input, weight, bias, pattern, activation, save)
+        if options.backend == "triton":
+            from tscnc_kernels.triton import masked_linear as triton
+
+            dense = masked_weight(weight, pattern) if weight.ndim == 1 else weight
+            code = ACTIVATIONS[options.activation]
+            return triton.product(input, dense, pattern, bias, code, save=save)
         z = F.linear(input, masked_weight(weight, pattern, held=options.assume_masked), bias)
         return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
 
@@ -200,6 +208,10 @@ def _backward(
         return native_gradients(for_input, for_weight, *tensors, pattern, code, wanted)
 
     def dense(wanted: Sequence[bool]) -> Gradients:
+        if options.backend == "triton":
+            from tscnc_kernels.triton import masked_linear as triton
+
+            return triton.gradients(*tensors, pattern, activation, options.dense_grad, wanted)
         return reference_backward(
             *(*tensors, pattern, activation, options.dense_grad, wanted), held=options.assume_masked
         )
@@ -274,7 +286,7 @@ def masked_linear(
             regrowth.
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
-        backend: "native" or "reference"; None chooses.
+        backend: "native", "triton" or "reference"; None chooses.
         algorithm: "panel", "blocked", "small_batch", "spmv", "block" (native, on the kept
             entries) or "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
 
@@ -330,7 +342,7 @@ def masked_linear_unchecked(
     eager = is_eager()
     call = Call.of(flat, weight, assume_masked) if eager else None
     algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
-    options = _Options(activation, dense_grad, assume_masked, algorithms)
+    options = _Options(activation, dense_grad, assume_masked, algorithms, chosen)
     if not wants_gradient(flat, weight, bias):
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
     else:
