@@ -21,8 +21,7 @@ from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels.sparsity import SparsityPattern
 from tscnc_kernels.triton import Variant
 
-# Neighbouring programs share rows of the weight or samples in the L2 cache.
-GROUP = 8
+GROUP = 8  # programs that share rows of the weight or samples in the L2 cache
 
 
 @triton.jit
@@ -40,10 +39,9 @@ def load_mask(
     COLUMNS: tl.constexpr,
     BYTES_ALONG: tl.constexpr,
 ):
-    """The (ROWS, COLUMNS) tile of the mask whose bit (r, c) is number r row_step + c column_step.
+    """The tile of a mask whose bit (r, c) is number r row_step + c column_step.
 
-    `rows`, `columns` index it from `first_row`, `first_column` on. BYTES_ALONG is the axis along
-    which a byte's bits lie, if no byte holds bits of two lines; else -1.
+    BYTES_ALONG: the axis along which a byte's bits lie, or -1 if one holds bits of two lines.
     """
     if BYTES_ALONG == 1:
         bytes_at = first_column // 8 + tl.arange(0, COLUMNS // 8)
@@ -63,6 +61,16 @@ def load_mask(
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     packed = tl.load(bits + number // 8, mask=inside, other=0)
     return ((packed >> (number % 8).to(tl.uint8)) & 1) != 0
+
+
+@triton.jit
+def add_product(left, right, sums, PRECISION: tl.constexpr):
+    """Sums + left right. Triton 3.6 compiles no float64 `tl.dot` of operands in registers."""
+    if sums.dtype == tl.float64:
+        sums += tl.sum(left[:, :, None] * right[None, :, :], axis=1)
+    else:
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+    return sums
 
 
 @triton.jit
@@ -122,7 +130,7 @@ def masked_linear_forward_kernel(
         entries = tl.where(kept, entries, 0.0)
         inside = (column < width)[:, None] & (sample < count)[None, :]
         features = tl.load(samples_at + at[:, None] * feature_stride, mask=inside, other=0.0)
-        sums = tl.dot(entries, features, sums, input_precision=PRECISION, out_dtype=MATH)
+        sums = add_product(entries, features, sums, PRECISION)
     inside = (row < rows)[:, None] & (sample < count)[None, :]
     if bias is not None:
         sums += tl.load(bias + row, mask=row < rows, other=0.0).to(MATH)[:, None]
@@ -177,7 +185,7 @@ def masked_linear_backward_kernel(
         left = tl.load(gradient_at + at[None, :] * gradient_sample_stride, mask=inside, other=0.0)
         inside = (sample < count)[:, None] & (column < width)[None, :]
         right = tl.load(samples_at + at[:, None] * sample_stride, mask=inside, other=0.0)
-        sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=MATH)
+        sums = add_product(left, right, sums, PRECISION)
     kept = load_mask(
         *(bits, row, column, first_row, first_column, rows, width, width, 1),
         *(ROWS, COLUMNS, BYTES_ALONG),
@@ -205,7 +213,7 @@ class Tile(NamedTuple):
 def tile_for(dtype: torch.dtype, columns: int) -> Tile:
     """The tile for a result of so many columns (samples of a product)."""
     if dtype == torch.float64:
-        return Tile(32, 32, 16, 4, 2)
+        return Tile(16, 16, 16, 4, 2)
     if dtype == torch.float32:
         return Tile(64, 64 if columns > 16 else 16, 32, 4, 3)
     if columns <= 16:
@@ -220,6 +228,12 @@ def _math(dtype: torch.dtype) -> tl.dtype:
 def _precision(dtype: torch.dtype) -> str:
     is_strict = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return "ieee" if is_strict else "tf32"
+
+
+def _options(tile: Tile, dtype: torch.dtype) -> dict[str, object]:
+    sizes = {"ROWS": tile.rows, "DEPTH": tile.depth, "GROUP": GROUP}
+    sizes |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    return {"MATH": _math(dtype), "PRECISION": _precision(dtype), **sizes}
 
 
 def product(
@@ -246,8 +260,7 @@ def product(
     Returns:
         Y, and Z if asked for, else a tensor of no rows.
     """
-    count, width = samples.shape
-    rows = weight.shape[1 if transposed else 0]
+    (count, width), rows = samples.shape, weight.shape[1 if transposed else 0]
     output = samples.new_empty(count, rows)
     preactivation = samples.new_empty(count if save else 0, rows)
     strides, steps = weight.stride(), (weight.shape[1], 1)
@@ -263,15 +276,9 @@ def product(
             *(samples, weight, pattern.bits, bias, output, preactivation if save else None),
             *(count, rows, width, *samples.stride(), *strides, *steps),
             ACTIVATION=activation,
-            MATH=_math(samples.dtype),
-            PRECISION=_precision(samples.dtype),
             BYTES_ALONG=(0 if transposed else 1) if whole_bytes else -1,
-            ROWS=tile.rows,
             SAMPLES=tile.columns,
-            DEPTH=tile.depth,
-            GROUP=GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **_options(tile, samples.dtype),
         )
     return output, preactivation
 
@@ -309,22 +316,15 @@ def weight_gradient(
     rows, width = pattern.matrix_shape
     result = samples.new_empty(pattern.nnz if values else (rows, width))
     tile = tile_for(samples.dtype, width)
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns)
     with torch.cuda.device_of(samples):
-        masked_linear_backward_kernel[
-            (triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile[1]),)
-        ](
+        masked_linear_backward_kernel[(programs,)](
             *(gradient, samples, pattern.bits),
             *(tile_starts(pattern, tile.columns) if values else None, result),
             *(len(samples), rows, width, *gradient.stride(), *samples.stride()),
-            MATH=_math(samples.dtype),
-            PRECISION=_precision(samples.dtype),
             BYTES_ALONG=1 if width % 8 == 0 else -1,
-            ROWS=tile.rows,
             COLUMNS=tile.columns,
-            DEPTH=tile.depth,
-            GROUP=GROUP,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **_options(tile, samples.dtype),
         )
     return result
 
