@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr int kPacks = 4;
 
 template <typename Storage>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     mask_kernel(const Storage* input, const uint8_t* bits, int64_t count, Storage* output) {
   constexpr int kSize = kPackSize<Storage>;
   const Storage zero = Storage(Math<Storage>(0));
