@@ -14,13 +14,14 @@ baseline to beat.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness, ours, peers
+from benchmarks import harness, masked_linear_gpu, ours, peers
 from benchmarks.harness import Call, Case, Provider, Timed, UnavailableError
 from benchmarks.peers import Layer, Problem
 from tscnc_kernels import masked_linear
@@ -155,7 +156,11 @@ def essential(case: Case, provider: Provider) -> bool:
 
 
 def run(argv: Sequence[str] | None = None) -> list[harness.results.Row]:
-    """Measure and print; see `--help`."""
+    """Measure and print; see `--help`. A GPU has cases and peers of its own."""
+    if masked_linear_gpu.is_wanted(sys.argv[1:] if argv is None else argv):
+        quick = masked_linear_gpu.quick_cases(case)
+        gpu = masked_linear_gpu.cases(case), masked_linear_gpu.PROVIDERS
+        return harness.main(*gpu, quick, argv)
     return harness.main(CASES, PROVIDERS, QUICK, argv, essential)
 
 

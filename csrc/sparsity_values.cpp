@@ -8,9 +8,18 @@
 #include "dtype_dispatch.h"
 #include "sparse_index.h"
 
+#ifdef TSCNC_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/sparsity_values.h"
+#include "cuda_stream.h"
+#include "cuda_tensors.h"
+#endif
+
 namespace tscnc {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Calls function(row, first, last) for the kept entries [first, last) of every row.
@@ -72,6 +81,85 @@ Tensor sparsity_scatter(const Tensor& values, const Tensor& row_pointers, const 
   return matrix;
 }
 
+// The matrix where the packed mask keeps it, and zero elsewhere, even where it is not finite.
+Tensor sparsity_mask(const Tensor& matrix, const Tensor& bits) {
+  constexpr char kOp[] = "sparsity_mask";
+  const int64_t count = matrix.numel();
+  STD_TORCH_CHECK(matrix.is_cpu() && matrix.is_contiguous() && bits.is_cpu() &&
+                      bits.is_contiguous() && bits.scalar_type() == ScalarType::Byte &&
+                      bits.numel() == (count + 7) / 8,
+                  kOp, ": expected a contiguous CPU tensor and ", (count + 7) / 8,
+                  " bytes of mask, got ", bits.numel());
+  Tensor result = torch::stable::empty_like(matrix);
+  const auto* kept = static_cast<const uint8_t*>(bits.const_data_ptr());
+  dispatch_floating(kOp, matrix.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* source = static_cast<const T*>(matrix.const_data_ptr());
+    T* target = static_cast<T*>(result.mutable_data_ptr());
+    torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        target[i] = kept[i / 8] >> (i % 8) & 1 ? source[i] : T{};
+      }
+    });
+  });
+  return result;
+}
+
+#ifdef TSCNC_WITH_CUDA
+Tensor sparsity_gather_cuda(const Tensor& matrix, const Tensor& row_pointers,
+                            const Tensor& columns) {
+  constexpr char kOp[] = "sparsity_gather";
+  STD_TORCH_CHECK(matrix.dim() == 2, kOp, ": expected a matrix, got ", matrix.dim(), " dimensions");
+  const torch::stable::accelerator::DeviceGuard guard(matrix.get_device_index());
+  const cuda::KeptEntries entries =
+      kept_on_device(kOp, row_pointers, columns, matrix.size(1), matrix, "row_pointers", "columns");
+  STD_TORCH_CHECK(entries.rows == matrix.size(0), kOp, ": expected ", matrix.size(0),
+                  " rows in the index, got ", entries.rows);
+  Tensor values = torch::stable::new_empty(matrix, {entries.kept});
+  check_cuda(
+      cuda::launch_gather(entries, matrix.const_data_ptr(), matrix.stride(0), matrix.stride(1),
+                          values.mutable_data_ptr(), cuda_dtype(kOp, matrix),
+                          current_cuda_stream(matrix.get_device_index())),
+      kOp);
+  return values;
+}
+
+Tensor sparsity_scatter_cuda(const Tensor& values, const Tensor& row_pointers,
+                             const Tensor& columns, int64_t width) {
+  constexpr char kOp[] = "sparsity_scatter";
+  const torch::stable::accelerator::DeviceGuard guard(values.get_device_index());
+  const cuda::KeptEntries entries =
+      kept_on_device(kOp, row_pointers, columns, width, values, "row_pointers", "columns");
+  STD_TORCH_CHECK(values.is_contiguous() && values.dim() == 1 && values.numel() == entries.kept,
+                  kOp, ": expected ", entries.kept, " contiguous values, got ", values.numel());
+  STD_TORCH_CHECK(width >= 0, kOp, ": expected a width of at least 0, got ", width);
+  Tensor matrix = torch::stable::new_empty(values, {entries.rows, width});
+  check_cuda(
+      cuda::launch_scatter(entries, values.const_data_ptr(), matrix.mutable_data_ptr(),
+                           cuda_dtype(kOp, values), current_cuda_stream(values.get_device_index())),
+      kOp);
+  return matrix;
+}
+
+Tensor sparsity_mask_cuda(const Tensor& matrix, const Tensor& bits) {
+  constexpr char kOp[] = "sparsity_mask";
+  const int64_t count = matrix.numel();
+  check_on_device(kOp, bits, matrix, "bits");
+  STD_TORCH_CHECK(matrix.is_contiguous() && bits.is_contiguous() &&
+                      bits.scalar_type() == ScalarType::Byte && bits.numel() == (count + 7) / 8,
+                  kOp, ": expected a contiguous tensor and ", (count + 7) / 8,
+                  " bytes of mask, got ", bits.numel());
+  const torch::stable::accelerator::DeviceGuard guard(matrix.get_device_index());
+  Tensor result = torch::stable::empty_like(matrix);
+  check_cuda(
+      cuda::launch_mask(matrix.const_data_ptr(), static_cast<const uint8_t*>(bits.const_data_ptr()),
+                        count, result.mutable_data_ptr(), cuda_dtype(kOp, matrix),
+                        current_cuda_stream(matrix.get_device_index())),
+      kOp);
+  return result;
+}
+#endif
+
 }  // namespace
 }  // namespace tscnc
 
@@ -79,9 +167,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def("sparsity_gather(Tensor matrix, Tensor row_pointers, Tensor columns) -> Tensor");
   m.def(
       "sparsity_scatter(Tensor values, Tensor row_pointers, Tensor columns, int width) -> Tensor");
+  m.def("sparsity_mask(Tensor matrix, Tensor bits) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
   m.impl("sparsity_gather", TORCH_BOX(&tscnc::sparsity_gather));
   m.impl("sparsity_scatter", TORCH_BOX(&tscnc::sparsity_scatter));
+  m.impl("sparsity_mask", TORCH_BOX(&tscnc::sparsity_mask));
 }
+
+#ifdef TSCNC_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CUDA, m) {
+  m.impl("sparsity_gather", TORCH_BOX(&tscnc::sparsity_gather_cuda));
+  m.impl("sparsity_scatter", TORCH_BOX(&tscnc::sparsity_scatter_cuda));
+  m.impl("sparsity_mask", TORCH_BOX(&tscnc::sparsity_mask_cuda));
+}
+#endif

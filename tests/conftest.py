@@ -13,8 +13,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import tscnc_kernels
+from tests.interpreter import mend
 from tscnc_kernels import _autotune
 from tscnc_kernels._build import C
+
+mend()
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,16 @@ INSTRUCTIONS = [
     ("transformed_l1.cu", r"transformed_l1_kernel<float, true, false>", ["LDG.E.128"]),
     ("transformed_l1.cu", r"transformed_l1_kernel<float, .*, true>", ["LDG.E.128", "STG.E.128"]),
     ("transformed_l1.cu", r"transformed_l1_kernel<__nv_bfloat16, .*", ["LDG.E.128"]),
+    ("masked_linear.cu", r"panel_product_kernel<.*", ["LDG.E.128", "LDS.128", "STS.128"]),
+    ("masked_linear_weight_gradient.cu", r"weight_gradient_kernel<.*", ["LDS.128", "STS.128"]),
+    ("masked_linear_small.cu", r"small_product_kernel<float, .*", ["LDG.E.128"]),
+    (
+        "masked_linear_small.cu",
+        r"small_product_kernel<__nv_bfloat16, .*",
+        ["LDG.E.128", "LDG.E.64"],
+    ),
+    ("sparsity_values.cu", r"mask_kernel<.*", ["LDG.E.128", "STG.E.128"]),
+    ("triton/masked_linear.py", r".*\[bf16.*", ["LDGSTS"]),
     ("triton/transformed_l1.py", r"transformed_l1_kernel\[.*", ["LDG.E.128"]),
     ("triton/transformed_l1.py", r".*WITH_GRADIENT.*", ["STG.E.128"]),
 ]
@@ -94,6 +104,17 @@ def test_kernels_contain_the_instructions_meant(
         for instruction in instructions:
             found = row["instructions"]
             assert any(opcode.startswith(instruction) for opcode in found), (row["kernel"], found)
+
+
+def test_half_precision_products_use_the_tensor_cores_of_their_architecture(
+    report: dict[str, Any],
+) -> None:
+    if compile_report.find_tool("cuobjdump") is None:
+        pytest.skip("cuobjdump was not found")
+    rows = [r for r in rows_of(report, "triton/masked_linear.py") if "[bf16" in r["kernel"]]
+    for row in rows:
+        wanted = "HGMMA" if row["arch"] == 90 else "HMMA"
+        assert any(opcode.startswith(wanted) for opcode in row["instructions"]), row
 
 
 def test_spills_in_the_assembler_log_are_counted() -> None:

@@ -54,8 +54,11 @@ def test_build_info_names_instruction_sets_and_cuda():
     assert tscnc_kernels.__version__ == info["version"]
 
 
-def test_cuda_kernels_are_registered_exactly_if_they_were_compiled():
-    has = torch._C._dispatch_has_kernel_for_dispatch_key("tscnc_kernels::transformed_l1", "CUDA")
+@pytest.mark.parametrize(
+    "op", ["transformed_l1", "transformed_l1_backward", "masked_linear", "masked_linear_backward"]
+)
+def test_cuda_kernels_are_registered_exactly_if_they_were_compiled(op):
+    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"tscnc_kernels::{op}", "CUDA")
     assert has == (tscnc_kernels.build_info()["cuda_archs"] is not None)
 
 

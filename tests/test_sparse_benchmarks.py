@@ -14,6 +14,7 @@ from benchmarks import (
     bench_sparsity_pattern,
     bench_train_step,
     harness,
+    masked_linear_gpu,
     peers,
     plot,
     results,
@@ -249,3 +250,23 @@ def test_the_figures_of_a_sparse_op_are_drawn_from_its_rows(tmp_path: Path):
     assert [f.name for f in figures] == ["masked_linear-speedup.svg", "masked_linear-roofline.svg"]
     assert "as fast as dense" in figures[0].read_text()
     assert "registers: 90" in figures[1].read_text()
+
+
+def test_providers_of_the_gpu_agree_with_float64():
+    case = bench_masked_linear.case((20, 24, 16), 0.5, "forward_backward")
+    ours = {"ours, values", "ours, dense weight", "ours, panel", "ours, dense"}
+    dense = {"F.linear", "F.linear(W * mask)"}
+    found = gated(case, masked_linear_gpu.PROVIDERS)
+    assert found - {"ours, triton"} == ours | dense
+    case = bench_masked_linear.case((1, 24, 16), 0.5, "forward")
+    assert {"ours, spmv", "cuSPARSE CSR"} <= gated(case, masked_linear_gpu.PROVIDERS)
+
+
+def test_a_gpu_has_cases_of_its_own(monkeypatch):
+    measured = []
+    monkeypatch.setattr(harness, "main", lambda cases, providers, *rest: measured.append(cases))
+    bench_masked_linear.run(["--quick"])
+    bench_masked_linear.run(["--quick", "--device", "cuda"])
+    assert measured[0] is bench_masked_linear.CASES
+    shapes = {case.shape for case in measured[1]}
+    assert shapes == {"4096x4096x4096", "8x4096x11008", "1x4096x11008"}

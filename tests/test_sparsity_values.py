@@ -47,6 +47,16 @@ def test_the_ops_have_fakes():
     index = kept.row_pointers, kept.columns
     torch.library.opcheck(ops.sparsity_gather.default, (torch.randn(6, 9), *index))
     torch.library.opcheck(ops.sparsity_scatter.default, (torch.randn(kept.nnz), *index, 9))
+    torch.library.opcheck(ops.sparsity_mask.default, (torch.randn(6, 9), kept.bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_packed_masks_clear_what_they_do_not_keep(dtype):
+    kept = pattern(7, 5)
+    weight = torch.randn(7, 5).to(dtype)
+    weight[~kept.mask] = torch.nan
+    found = ops.sparsity_mask(weight, kept.bits)
+    assert torch.equal(found, weight.where(kept.mask, weight.new_zeros(())))
 
 
 def test_an_index_that_does_not_fit_is_refused():
@@ -58,5 +68,7 @@ def test_an_index_that_does_not_fit_is_refused():
         ops.sparsity_gather(torch.randn(6, 4), *index)
     with pytest.raises(RuntimeError, match="columns from 0 to 3"):
         ops.sparsity_scatter(torch.randn(kept.nnz), *index, 4)
+    with pytest.raises(RuntimeError, match="7 bytes of mask"):
+        ops.sparsity_mask(torch.randn(6, 9), kept.bits[1:])
     with pytest.raises(RuntimeError, match="contiguous values"):
         ops.sparsity_scatter(torch.randn(kept.nnz + 1), *index, 9)

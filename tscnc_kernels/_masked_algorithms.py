@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tscnc_kernels import _autotune
+from tscnc_kernels import _autotune, _masked_cuda
 from tscnc_kernels._autotune import DENSE, Compute, Plan
 from tscnc_kernels._build import C
 from tscnc_kernels.sparsity import SparsityPattern
@@ -69,8 +69,8 @@ FAMILIES = {
     "masked_conv2d": Family(
         {"plane": 0, "batch": 1},
         {
-            "plane": Cost(0.058, 0.5, 0.6, 1e4),
-            "batch": Cost(0.058, 0.5, 0.6, 1e4),
+            "plane": Cost(0.058, 0.5, 0.6, 1e4, both=0.09),
+            "batch": Cost(0.058, 0.5, 0.6, 1e4, both=0.09),
             DENSE: Cost(0.025, 0.1, 0.2, 1e4),
         },
         (256, 256, 3, 3),
@@ -221,13 +221,13 @@ def choose(
     if forced is not None or backend != "native":
         return Algorithms(*[forced or DENSE] * 3)
     # A graph would build the index of "blocked" anew on every call.
-    ranges = _ranges(op, "" if pattern.is_blocked else "blocked")
+    ranges = _ranges(op, "" if pattern.is_blocked else "blocked", pattern.device.type)
     forward, *gradients, both = (_below(pattern.density, limits) for limits in ranges)
     return Algorithms(forward, *(gradients if both == SEPARATE else [both, both]))
 
 
 @torch.compiler.assume_constant_result
-def _ranges(op: str, without: str) -> list[list[tuple[float, str]]]:
+def _ranges(op: str, without: str, device_type: str) -> list[list[tuple[float, str]]]:
     """Per direction, up to which density each algorithm but one is the fastest of a usual call."""
     shape = FAMILIES[op].usual
     found = []
@@ -235,7 +235,7 @@ def _ranges(op: str, without: str) -> list[list[tuple[float, str]]]:
         ranges: list[tuple[float, str]] = []
         for step in range(1, 201):
             nnz = round(step / 200 * math.prod(shape))
-            times = predict(op, shape, nnz, usual_call(shape), direction)
+            times = _on(device_type, predict)(op, shape, nnz, usual_call(shape), direction)
             times.pop(without, None)
             name = _autotune.fastest(times)
             if ranges and ranges[-1][1] == name:
@@ -243,6 +243,10 @@ def _ranges(op: str, without: str) -> list[list[tuple[float, str]]]:
             ranges.append((step / 200, name))
         found.append(ranges)
     return found
+
+
+def _on(device_type: str, model: Model) -> Model:
+    return _masked_cuda.predict if device_type == "cuda" else model
 
 
 def _below(density: float, ranges: Sequence[tuple[float, str]]) -> str:
@@ -254,10 +258,17 @@ def _below(density: float, ranges: Sequence[tuple[float, str]]) -> str:
 
 def check_forced(op: str, pattern: SparsityPattern, backend: str, forced: str | None) -> None:
     """Raises RuntimeError if a sparse algorithm is asked for on a backend without it."""
-    if forced in FAMILIES[op].sparse and backend != "native":
+    if forced not in FAMILIES[op].sparse:
+        return
+    if backend != "native":
         raise RuntimeError(
             f"{op}: algorithm {forced!r} needs the native backend, got {backend!r} "
             f"on {pattern.device}"
+        )
+    if pattern.device.type == "cuda" and forced not in _masked_cuda.SPARSE:
+        raise RuntimeError(
+            f"{op}: expected algorithm {', '.join(_masked_cuda.SPARSE)} or dense on CUDA, "
+            f"got {forced!r}"
         )
 
 
@@ -333,5 +344,7 @@ def _new_plan(
     # Predicted for the middle of the bucket: the first batch that happens to come must not matter.
     # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
     case = op, pattern.shape, pattern.nnz, call._replace(batch=_usual_batch(call.batch))
-    blocks = pattern.block_shape if len(pattern.shape) == 2 else None
+    on_cpu = device.type == "cpu"
+    blocks = pattern.block_shape if on_cpu and len(pattern.shape) == 2 else None
+    model = _on(device.type, model)
     return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)

@@ -8,6 +8,8 @@ from tscnc_kernels._checks import FLOATING
 from tscnc_kernels.sparsity import SparsityPattern
 
 _native = torch.ops.tscnc_kernels
+_has_key = torch._C._dispatch_has_kernel_for_dispatch_key
+DEVICES = {"cpu", "cuda"} if _has_key("tscnc_kernels::sparsity_mask", "CUDA") else {"cpu"}
 
 
 class _KeepGradient(torch.autograd.Function):
@@ -41,7 +43,14 @@ def masked_weight(
         return weight
     if dense_grad:
         return _KeepGradient.apply(weight, pattern.mask)  # type: ignore[no-any-return,no-untyped-call]
-    return weight.where(pattern.mask, weight.new_zeros(()))
+    return masked(weight, pattern)
+
+
+def masked(matrix: Tensor, pattern: SparsityPattern) -> Tensor:
+    """A tensor of the mask's shape, zero off the mask even where it is not finite."""
+    if matrix.device.type != "cuda" or not _is_native(matrix):
+        return matrix.where(pattern.mask, matrix.new_zeros(()))
+    return _native.sparsity_mask(matrix.contiguous(), pattern.bits)  # type: ignore[no-any-return]
 
 
 def kept_values(matrix: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -54,7 +63,7 @@ def kept_values(matrix: Tensor, pattern: SparsityPattern) -> Tensor:
 
 def _is_native(tensor: Tensor) -> bool:
     """Whether the compiled loop may run: it needs no index tensors, but has no derivative."""
-    if tensor.device.type != "cpu" or tensor.dtype not in FLOATING:
+    if tensor.device.type not in DEVICES or tensor.dtype not in FLOATING:
         return False
     return is_eager() and not (torch.is_grad_enabled() and tensor.requires_grad)
 
@@ -67,3 +76,8 @@ def _(matrix: Tensor, row_pointers: Tensor, columns: Tensor) -> Tensor:
 @torch.library.register_fake("tscnc_kernels::sparsity_scatter")
 def _(values: Tensor, row_pointers: Tensor, columns: Tensor, width: int) -> Tensor:
     return values.new_empty((row_pointers.shape[0] - 1, width))
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_mask")
+def _(matrix: Tensor, bits: Tensor) -> Tensor:
+    return torch.empty_like(matrix)

@@ -189,6 +189,21 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaS
   return cudaSuccess;
 }
 
+// The device: two processors, so that small grids are cut as large ones are on a GPU.
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const bool is_memory = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  *value = is_memory ? int(tscnc::cuda::kMaxSharedBytes) : 2;
+  return cudaSuccess;
+}
+
 namespace emulation {
 inline std::map<const void*, size_t> shared_bytes_allowed;
 }

@@ -31,7 +31,7 @@ GOOD = {
         ({"algorithm": "fast"}, ValueError, "panel, .*dense, got 'fast'"),
         ({"weight": torch.zeros(12), "dense_grad": True}, ValueError, "values of shape"),
         ({"algorithm": "panel", "backend": "reference"}, RuntimeError, "got 'reference'"),
-        ({"backend": "triton"}, RuntimeError, "only native, reference"),
+        ({"algorithm": "panel", "backend": "triton"}, RuntimeError, "triton"),
         ({"pattern": KERNEL}, ValueError, r"\(N, K\), got \(2, 1, 3, 3\)"),
     ],
 )

@@ -14,7 +14,8 @@ the kept entries once per panel, in registers (csrc/cpu/panel.h); the forward pr
 transposed index and dW at the kept entries all work so. "small_batch" does so for up to 16 samples
 and adds dX up row by row; "spmv" takes one sample at a time from a plain vector; "block" shares
 loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
-other backends have.
+reference has; the triton backend applies the mask inside its own (for weights that hold something
+off it). CUDA has "panel", with samples in shared memory, and one kernel for both few and one.
 
 Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with
 separate passes for dX and dW. Deviations: none in the formula; reductions are ordered, so that
@@ -34,16 +35,22 @@ from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
+from tscnc_kernels._feature_major import (
+    feature_major_linear,
+    in_layout,
+    is_feature_major,
+    new_matrix,
+)
 from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
 from tscnc_kernels._masked_native import native_gradients, native_product
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
-from tscnc_kernels._masked_weight import kept_values, masked_weight
+from tscnc_kernels._masked_weight import kept_values, masked, masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Native first: benchmarks/results/*/masked_linear.csv.
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 _backend.register("masked_linear", BACKENDS)
 
 
@@ -114,24 +121,15 @@ def reference_backward(
     """
     gradient, grad_input = activation_gradient(grad_output, saved, activation), None
     if needs[0]:
-        masked = masked_weight(weight, pattern, dense_grad, held)
+        matrix = masked_weight(weight, pattern, dense_grad, held)
         features = is_feature_major(input)
-        grad_input = (masked.t() @ gradient.t()).t() if features else gradient @ masked
+        grad_input = (matrix.t() @ gradient.t()).t() if features else gradient @ matrix
     grad_weight = gradient.t() @ input if needs[1] else None
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = kept_values(grad_weight, pattern)
     elif grad_weight is not None and not dense_grad:
-        grad_weight = grad_weight.where(pattern.mask, grad_weight.new_zeros(()))
+        grad_weight = masked(grad_weight, pattern)
     return grad_input, grad_weight, gradient.sum(0) if needs[2] else None
-
-
-def is_feature_major(matrix: Tensor) -> bool:
-    """Whether the samples (rows) of a feature lie next to each other, and not its features."""
-    return not matrix.is_contiguous() and matrix.stride(0) == 1
-
-
-def _new_matrix(like: Tensor, shape: tuple[int, int], feature_major: bool) -> Tensor:
-    return like.new_empty(shape[::-1]).t() if feature_major else like.new_empty(shape)
 
 
 @torch.library.register_fake("tscnc_kernels::masked_linear")
@@ -149,8 +147,8 @@ def _(
     batch, rows = input.shape[0], row_pointers.shape[0] - 1
     saved_shape = batch if save_preactivation else 0, rows
     return (
-        _new_matrix(input, (batch, rows), feature_major),
-        _new_matrix(input, saved_shape, feature_major),
+        new_matrix(input, (batch, rows), feature_major),
+        new_matrix(input, saved_shape, feature_major),
     )
 
 
@@ -166,7 +164,7 @@ def _(
     needs_input, needs_weight, needs_bias = rest[-3:]
     batch, width = input.shape
     return (
-        _new_matrix(input, (batch, width), is_feature_major(input))
+        new_matrix(input, (batch, width), is_feature_major(input))
         if needs_input
         else input.new_empty((0,)),
         input.new_empty(weight.shape if needs_weight else (0,)),
@@ -185,6 +183,7 @@ class _Options(NamedTuple):
     assume_masked: bool
     feature_major: bool
     algorithms: Choice
+    backend: str
 
 
 def _forward(
@@ -203,19 +202,19 @@ def _forward(
             activation = ACTIVATIONS[options.activation]
             how = activation, save, options.feature_major
             return native_product(algorithm, input, weight, bias, pattern, *how)
-        masked = masked_weight(weight, pattern, held=options.assume_masked)
-        linear = _feature_major_linear if options.feature_major else F.linear
-        z = linear(input, masked, bias)
+        if options.backend == "triton":
+            from tscnc_kernels.triton import masked_linear as triton
+
+            dense = masked_weight(weight, pattern) if weight.ndim == 1 else weight
+            code = ACTIVATIONS[options.activation]
+            y, z = triton.product(input, dense, pattern, bias, code, save=save)
+            return in_layout(y, options.feature_major), in_layout(z, options.feature_major)
+        matrix = masked_weight(weight, pattern, held=options.assume_masked)
+        linear = feature_major_linear if options.feature_major else F.linear
+        z = linear(input, matrix, bias)
         return activate(z, options.activation), z if save else z.new_empty((0, z.shape[1]))
 
     return run_product(options.algorithms, product, (input, weight))
-
-
-def _feature_major_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear of a matrix, with strides (1, B)."""
-    if bias is None:
-        return (weight @ input.t()).t()
-    return torch.addmm(bias[:, None], weight, input.t()).t()
 
 
 def _backward(
@@ -235,6 +234,10 @@ def _backward(
         return native_gradients(for_input, for_weight, *tensors, pattern, code, wanted)
 
     def dense(wanted: Sequence[bool]) -> Gradients:
+        if options.backend == "triton":
+            from tscnc_kernels.triton import masked_linear as triton
+
+            return triton.gradients(*tensors, pattern, activation, options.dense_grad, wanted)
         return reference_backward(
             *(*tensors, pattern, activation, options.dense_grad, wanted), held=options.assume_masked
         )
@@ -326,7 +329,7 @@ def masked_linear(
         feature_major: give the result with the samples of a feature next to each other: strides
             (1, B) for B samples, the layout in which sparse products read and write. Another sparse
             layer reads it without the transposition that a row-major input takes.
-        backend: "native" or "reference"; None chooses.
+        backend: "native", "triton" or "reference"; None chooses.
         algorithm: "panel", "blocked", "small_batch", "spmv", "block" (native, on the kept
             entries) or "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
 
@@ -386,7 +389,7 @@ def masked_linear_unchecked(
     eager = is_eager()
     call = Call.of(flat, weight, assume_masked, feature_major) if eager else None
     algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
-    options = _Options(activation, dense_grad, assume_masked, feature_major, algorithms)
+    options = _Options(activation, dense_grad, assume_masked, feature_major, algorithms, chosen)
     if not wants_gradient(flat, weight, bias):
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
     elif eager:

@@ -1,0 +1,89 @@
+"""What `bench_masked_linear` measures on a GPU: shapes, sparsities, and cuSPARSE as a peer.
+
+A 4096-wide layer in bfloat16 and in strict float32 around the sparsities where sparse and dense
+products should cross, and few samples through a feed-forward layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from benchmarks import ours, peers
+from benchmarks.harness import Case, Provider, Timed, UnavailableError
+from benchmarks.peers import Layer, Problem
+from tscnc_kernels import masked_linear
+from tscnc_kernels._masked_cuda import SMALL_BATCH, SPARSE
+
+SQUARE, FEED_FORWARD = (4096, 4096, 4096), (8, 4096, 11008)
+SINGLE = (1, 4096, 11008)
+SPARSITIES = [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
+FEW_SPARSITIES = [0.5, 0.8, 0.9, 0.95, 0.99]
+
+MakeCase = Callable[..., Case]
+
+
+def is_wanted(argv: Sequence[str]) -> bool:
+    """Whether the arguments of a bench file ask for a GPU."""
+    return any(text.removeprefix("--device=").startswith("cuda") for text in argv)
+
+
+def cases(case: MakeCase) -> list[Case]:
+    """All of them; `case` is the bench file's."""
+    both = torch.bfloat16, torch.float32
+    modes = "forward_backward", "forward"
+    large = [case(SQUARE, s, mode, d) for mode in modes for d in both for s in SPARSITIES]
+    shapes = FEED_FORWARD, SINGLE
+    return [
+        *large,
+        *(case(shape, s, "forward", both[0]) for shape in shapes for s in FEW_SPARSITIES),
+    ]
+
+
+def quick_cases(case: MakeCase) -> list[Case]:
+    """Those that fit into a step of `make gpu`."""
+    return [
+        *[case(SQUARE, s, "forward_backward", torch.bfloat16) for s in (0.95, 0.98, 0.99)],
+        *[case(SQUARE, s, "forward_backward", torch.float32) for s in (0.9, 0.99)],
+        *[case(SQUARE, 0.95, "forward", dtype) for dtype in (torch.bfloat16, torch.float32)],
+        *[case(FEED_FORWARD, s, "forward", torch.bfloat16) for s in (0.8, 0.95)],
+    ]
+
+
+def _ours(backend: str, algorithm: str | None, values: bool, case: Case, problem: Problem) -> Timed:
+    if algorithm is not None and algorithm != "dense":
+        is_small = len(problem.input) <= SMALL_BATCH
+        if is_small != (algorithm != "panel") or (algorithm == "spmv") != (len(problem.input) == 1):
+            raise UnavailableError("not for this batch")
+    op = partial(masked_linear, backend=backend)
+    return ours.timed(case.mode, problem, ours.layer(op, values, algorithm, problem))
+
+
+def cusparse(problem: Problem) -> Layer:
+    """`torch.sparse.mm` with a CSR weight, which calls cuSPARSE, on an input of any layout."""
+    weight = problem.weight.detach().to_sparse_csr()
+    return Layer(lambda x: torch.sparse.mm(weight, x.t()).t() + problem.bias, weight, problem.bias)
+
+
+def _peer(adapter: Callable[[Problem], Layer], case: Case, problem: Problem) -> Timed:
+    return ours.timed(case.mode, problem, adapter(problem))
+
+
+def _cusparse(case: Case, problem: Problem) -> Timed:
+    if case.mode != "forward":
+        raise UnavailableError("cuSPARSE samples dense products in no half type; forward only")
+    return _peer(cusparse, case, problem)
+
+
+PROVIDERS = [
+    Provider("ours, values", partial(_ours, "native", None, True)),
+    Provider("ours, dense weight", partial(_ours, "native", None, False)),
+    *[Provider(f"ours, {name}", partial(_ours, "native", name, True)) for name in SPARSE],
+    Provider("ours, dense", partial(_ours, "native", "dense", False)),
+    Provider("ours, triton", partial(_ours, "triton", None, False)),
+    Provider("F.linear", partial(_peer, peers.dense)),
+    Provider("F.linear(W * mask)", partial(_peer, peers.multiplied)),
+    Provider("cuSPARSE CSR", _cusparse),
+]

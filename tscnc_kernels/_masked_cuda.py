@@ -1,0 +1,84 @@
+"""Closed-form times of masked_linear's algorithms on a GPU.
+
+Rooflines of an H200 with a share of them that kernels of each kind reach elsewhere; no GPU has
+confirmed them yet. They only choose what the autotuner measures, and decide where it must not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from tscnc_kernels._masked_algorithms import Call
+
+# Native algorithms: "panel" for many samples, the others for few, one sample in particular.
+SPARSE = ("panel", "small_batch", "spmv")
+SMALL_BATCH = 16
+# Seconds per kernel launch; bytes per second of device memory, and of shared memory as the products
+# read it (two fifths of its peak for a gradient of the weight, which also reduces over threads).
+LAUNCH, MEMORY, SHARED, REDUCED = 3e-6, 4e12, 16e12, 10e12
+# Floating-point operations per second of a dense product.
+DENSE_RATE = {torch.float32: 50e12, torch.float64: 50e12}
+HALF_RATE, TF32_RATE = 700e12, 350e12
+# Bytes of a sector, the least that a scattered access moves.
+SECTOR = 32
+
+
+def predict(
+    op: str,
+    shape: Sequence[int],
+    nnz: int,
+    call: Call,
+    direction: str,
+    blocks: tuple[int, int] | None = None,
+) -> dict[str, float]:
+    """Seconds of each algorithm that can compute a direction on the GPU, as `predict` on a CPU."""
+    if direction == "backward":  # no algorithm computes both gradients in one pass
+        gradients = [predict(op, shape, nnz, call, f"grad_{name}") for name in ("input", "weight")]
+        return {"separate": sum(min(times.values()) for times in gradients)}
+    seconds = {"dense": _dense(shape, nnz, call, direction)}
+    if call.batch > SMALL_BATCH:
+        seconds["panel"] = _panel(shape, nnz, call, direction)
+    elif call.batch > 0:
+        name = "spmv" if call.batch == 1 else "small_batch"
+        seconds[name] = _small(shape, nnz, call, direction)
+    return seconds
+
+
+def _rate(dtype: torch.dtype) -> float:
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return TF32_RATE
+    return DENSE_RATE.get(dtype, HALF_RATE)
+
+
+def _dense(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
+    size, item = math.prod(shape), call.dtype.itemsize
+    moved = (size + call.batch * sum(shape)) * item
+    product = LAUNCH + max(2.0 * call.batch * size / _rate(call.dtype), moved / MEMORY)
+    if call.values:
+        return product + LAUNCH + (size * item + nnz * (4 + SECTOR)) / MEMORY
+    if call.held and direction != "grad_weight":
+        return product
+    return product + 2 * LAUNCH + size * (2 * item + 3) / MEMORY
+
+
+def _panel(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
+    item = call.dtype.itemsize
+    moved = call.batch * sum(shape) * item + nnz * (4 + 3 * item)
+    if not call.values:
+        moved += nnz * SECTOR + (math.prod(shape) * item if direction == "grad_weight" else 0)
+    fed = REDUCED if direction == "grad_weight" else SHARED
+    return 3 * LAUNCH + moved / MEMORY + nnz * call.batch * item / fed
+
+
+def _small(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
+    item = call.dtype.itemsize
+    is_scattered = not call.values or direction == "grad_input"
+    moved = nnz * (4 + (SECTOR if is_scattered else item))
+    if direction == "grad_weight" and not call.values:
+        moved += math.prod(shape) * item
+    return LAUNCH + moved / MEMORY + nnz * call.batch * item / SHARED
