@@ -28,6 +28,15 @@ inline void with_panel_width(int64_t count, const Function& function) {
   }
 }
 
+// A block's values of neighbouring rows lie a row apart, where nothing prefetches them.
+template <class C>
+inline void fetch_values(const C* values, const int32_t* next, int64_t row, int64_t rows) {
+  constexpr int64_t kAhead = 8, kLine = 64 / static_cast<int64_t>(sizeof(C));
+  const C* ahead = values + next[row + kAhead < rows ? row + kAhead : row];
+  __builtin_prefetch(ahead);
+  __builtin_prefetch(ahead + kLine);
+}
+
 // Adds a block's part of the products to a tile of sums; next[row] is the place of the row's first
 // value of the block, and then of the next one.
 template <class C, int kVecs>
@@ -36,6 +45,7 @@ void add_block(const uint8_t* counts, int64_t rows, const C* values, int32_t* ne
   constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
   for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
     const int64_t count = counts[row];
+    fetch_values(values, next, row, rows);
     Vec<C> sum[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) sum[v] = load(tile + v * kW);
@@ -112,6 +122,7 @@ void add_block_gradients(const uint8_t* counts, int64_t rows, int32_t* next, con
     const auto product = [&](uint8_t column) {
       return lane_products<C, kVecs>(held, panel + static_cast<int64_t>(column) * kWidth);
     };
+    fetch_values(values_gradient, next, row, rows);
     C* gradients = values_gradient + next[row];
     int64_t j = 0;
     for (; j + kW <= count; j += kW) {
