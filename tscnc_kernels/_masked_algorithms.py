@@ -57,7 +57,7 @@ FAMILIES = {
     "masked_linear": Family(
         {"panel": 0, "blocked": 1, "small_batch": 2, "spmv": 3, "block": 4},
         {
-            "panel": Cost(0.058, 0.6, 0.6, 6e3, both=0.088),
+            "panel": Cost(0.058, 0.6, 0.6, 6e3, both=0.105),
             "blocked": Cost(0.036, 0.6, 1.5, 8e3, (17, 1 << 62), 0.0008),
             "small_batch": Cost(0.02, 0.6, 0.7, 6e3, (2, 16)),
             "spmv": Cost(0.0, 0.6, 0.75, 6e3, (1, 1)),
@@ -69,8 +69,8 @@ FAMILIES = {
     "masked_conv2d": Family(
         {"plane": 0, "batch": 1},
         {
-            "plane": Cost(0.058, 0.5, 0.6, 1e4, both=0.09),
-            "batch": Cost(0.058, 0.5, 0.6, 1e4, both=0.09),
+            "plane": Cost(0.058, 0.5, 0.6, 1e4, both=0.105),
+            "batch": Cost(0.058, 0.5, 0.6, 1e4, both=0.105),
             DENSE: Cost(0.025, 0.1, 0.2, 1e4),
         },
         (256, 256, 3, 3),

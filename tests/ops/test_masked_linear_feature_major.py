@@ -34,7 +34,13 @@ def raw_calls():
         calls.append((ops.masked_linear.default, (input, values, torch.randn(5), *index, *how)))
         backward = grad_output, grad_output, input, values, *kept.tensors[1:], 2, code, code
         calls.append((ops.masked_linear_backward.default, (*backward, True, True, True)))
-    blocked = kept.row_pointers, kept.blocked_rows, kept.column_pointers, kept.blocked_columns, kept.permutation
+    blocked = (
+        kept.row_pointers,
+        kept.blocked_rows,
+        kept.column_pointers,
+        kept.blocked_columns,
+        kept.permutation,
+    )
     calls.append(
         (
             ops.masked_linear.default,
