@@ -10,16 +10,16 @@ Shapes: X (..., K), W (N, K) or its kept values (nnz,), b (N,), Y (..., N). The 
 at 0 is 0; gelu is the exact one, z Φ(z).
 
 Algorithms of the native backend: "panel" transposes groups of samples into panels and runs over
-the kept entries once per panel, in registers (csrc/cpu/panel.h); the forward product, dX with the
-transposed index and dW at the kept entries all work so. "small_batch" does so for up to 16 samples
-and adds dX up row by row; "spmv" takes one sample at a time from a plain vector; "block" shares
+the kept entries once per panel, in registers (csrc/cpu/panel.h); dX does so with the transposed
+index, and where dW is wanted too, one pass that loads G's panel once computes both. "blocked" keeps
+blocks of a panel in the first-level cache. "small_batch" takes up to 16 samples and adds dX up row
+by row; "spmv" takes one sample at a time from a plain vector; "block" shares
 loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
 reference has; the triton backend applies the mask inside its own (for weights that hold something
 off it). CUDA has "panel", with samples in shared memory, and one kernel for both few and one.
 
-Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852, with
-separate passes for dX and dW. Deviations: none in the formula; reductions are ordered, so that
-results do not depend on threads.
+Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852.
+Deviations: none in the formula; reductions are ordered, so that results do not depend on threads.
 """
 
 from collections.abc import Sequence
