@@ -133,7 +133,8 @@ Tensor sparsity_unpack(const Tensor& bits, int64_t rows, int64_t width) {
   auto* target = static_cast<uint8_t*>(mask.mutable_data_ptr());
   for (int64_t begin = 0; begin < count; begin += 8) {
     // A copy of the byte in each byte of the word; byte i keeps bit i, which is then moved down.
-    const uint64_t spread = (matrix.data[begin / 8] * 0x0101010101010101) & 0x8040201008040201;
+    const uint64_t copies = matrix.data[begin / 8] * uint64_t{0x0101010101010101};
+    const uint64_t spread = copies & 0x8040201008040201;
     const uint64_t flags = ((spread + 0x7f7f7f7f7f7f7f7f) >> 7) & 0x0101010101010101;
     std::memcpy(target + begin, &flags, static_cast<size_t>(count - begin < 8 ? count - begin : 8));
   }
