@@ -220,9 +220,11 @@ Tensor sparsity_block_shape(const Tensor& row_pointers, const Tensor& columns, i
   int64_t height = common_block(64, rows), across = common_block(64, width);
   for (int64_t row = 0; row < rows && height > 1; ++row) {
     const int32_t begin = pointers[row], end = pointers[row + 1];
-    const bool repeated = row > 0 && end - begin == begin - pointers[row - 1] &&
-                          std::memcmp(column + begin, column + pointers[row - 1],
-                                      static_cast<size_t>(end - begin) * sizeof(int32_t)) == 0;
+    // Without any entry there may be no columns to point to.
+    const bool repeated =
+        row > 0 && end - begin == begin - pointers[row - 1] &&
+        (begin == end || std::memcmp(column + begin, column + pointers[row - 1],
+                                     static_cast<size_t>(end - begin) * sizeof(int32_t)) == 0);
     if (repeated) continue;
     height = common_block(height, row);
     for (int32_t j = begin; j < end && across > 1; ++j) {
