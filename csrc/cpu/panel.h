@@ -48,7 +48,7 @@ inline Vec<C> join_halves(Vec<C> a, Vec<C> b) {
 
 // Transposes kLanes vectors in place, swapping off-diagonal blocks of halving size.
 template <class C, int kHalf = kLanes<C> / 2>
-inline void transpose(Vec<C>* rows) {
+[[gnu::always_inline]] inline void transpose(Vec<C>* rows) {
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<C>; ++i) {
     if (i & kHalf) continue;
@@ -181,29 +181,77 @@ inline void fetch_ahead(const T* data) {
   }
 }
 
+// As many of `features` features of kLanes samples as fill whole cache lines, row-major input;
+// returns how many. `stride` lies between samples.
+template <class T, int kWidth>
+inline int64_t pack_lines(const T* source, int64_t stride, int64_t features, Compute<T>* target) {
+  using C = Compute<T>;
+  constexpr int kW = kLanes<T>, kLine = 64 / sizeof(T), kAhead = 2 * kLine;
+  int64_t done = 0;
+  for (; done + kLine <= features; done += kLine) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kW; ++i) __builtin_prefetch(source + i * stride + done + kAhead);
+#pragma GCC unroll 4
+    for (int part = 0; part < kLine; part += kW) {
+      Vec<C> rows[kW];
+#pragma GCC unroll 16
+      for (int i = 0; i < kW; ++i) rows[i] = load(source + i * stride + done + part);
+      transpose<C>(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kW; ++i) store(target + (done + part + i) * kWidth, rows[i]);
+    }
+  }
+  return done;
+}
+
 // Features [begin, end) of `count` samples from `sample` on; lanes without a sample are zero.
+//
+// kLanes samples at a time for a long run of features: only that many of the input's rows are read
+// side by side, for rows that are a power of two apart share one set of the cache, while the part
+// of the panel that the run fills stays in the cache for the next samples.
 template <class T, int kVecs>
 void pack(const Samples<T>& source, int64_t sample, int64_t count, int64_t begin, int64_t end,
           Compute<T>* panel) {
   constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
-  // All lanes of some whole cache lines of the input, so that neither they nor the panel's lines
-  // have left the cache when their other parts are wanted.
-  constexpr int kRun = 4 * kW;
+  constexpr int64_t kRun = 16384 / (kWidth * sizeof(Compute<T>));
+  const bool plain = source.feature_stride == 1 && source.saved == nullptr;
   for (int64_t run = begin; run < end; run += kRun) {
     const int64_t stop = end - run < kRun ? end : run + kRun;
-    if (source.feature_stride == 1 && stop < end) {
-      for (int64_t i = 0; i < count && i < kWidth; ++i) {
-        fetch_ahead<T, kRun>(source.data + (sample + i) * source.sample_stride + stop);
-      }
-    }
     for (int lane = 0; lane < kWidth; lane += kW) {
       const int64_t present = count - lane < kW ? (count > lane ? count - lane : 0) : kW;
-      for (int64_t feature = run; feature < stop; feature += kW) {
+      Compute<T>* target = panel + (run - begin) * kWidth + lane;
+      const T* first = source.data + (sample + lane) * source.sample_stride + run;
+      int64_t feature = run;
+      if (plain && present == kW) {
+        feature += pack_lines<T, kWidth>(first, source.sample_stride, stop - run, target);
+      }
+      for (; feature < stop; feature += kW) {
         pack_square<T, kWidth>(source, sample + lane, present, feature,
                                stop - feature < kW ? stop - feature : kW,
-                               panel + (feature - begin) * kWidth + lane);
+                               target + (feature - run) * kWidth);
       }
     }
+  }
+}
+
+// kSquares * kLanes results of kLanes samples to row-major places, whole cache lines at once where
+// that many squares fill one.
+template <class T, int kWidth, int kSquares>
+[[gnu::always_inline]] inline void unpack_squares(const Compute<T>* tile, T* output,
+                                                  int64_t stride) {
+  using C = Compute<T>;
+  constexpr int kW = kLanes<T>;
+  Vec<C> block[kSquares][kW];
+#pragma GCC unroll 2
+  for (int s = 0; s < kSquares; ++s) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kW; ++i) block[s][i] = load(tile + (s * kW + i) * kWidth);
+    transpose<C>(block[s]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kW; ++i) {
+#pragma GCC unroll 2
+    for (int s = 0; s < kSquares; ++s) store(output + i * stride + s * kW, block[s][i]);
   }
 }
 
@@ -214,26 +262,27 @@ void unpack(const Compute<T>* tile, int64_t rows, int64_t count, T* output, int6
   constexpr int kW = kLanes<T>, kWidth = kVecs * kW;
   for (int lane = 0; lane < count; lane += kW) {
     const int64_t present = count - lane < kW ? count - lane : kW;
-    for (int64_t row = 0; row < rows; row += kW) {
-      const int64_t left = rows - row < kW ? rows - row : kW;
-      if (present == kW && left == kW) {
-        Vec<C> block[kW];
-#pragma GCC unroll 16
-        for (int i = 0; i < kW; ++i) block[i] = load(tile + (row + i) * kWidth + lane);
-        transpose<C>(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < kW; ++i) store(output + (lane + i) * stride + row, block[i]);
-        continue;
+    const Compute<T>* from = tile + lane;
+    T* target = output + lane * stride;
+    int64_t row = 0;
+    if (present == kW) {
+      for (; row + 2 * kW <= rows; row += 2 * kW) {
+        unpack_squares<T, kWidth, 2>(from + row * kWidth, target + row, stride);
       }
+      for (; row + kW <= rows; row += kW) {
+        unpack_squares<T, kWidth, 1>(from + row * kWidth, target + row, stride);
+      }
+    }
+    for (; row < rows; row += kW) {
+      const int64_t left = rows - row < kW ? rows - row : kW;
       Vec<C> block[kW] = {};
-      for (int i = 0; i < left; ++i) block[i] = load(tile + (row + i) * kWidth + lane);
+      for (int i = 0; i < left; ++i) block[i] = load(from + (row + i) * kWidth);
       transpose<C>(block);
-      T* target = output + lane * stride + row;
       for (int i = 0; i < present; ++i) {
         if (left == kW) {
-          store(target + i * stride, block[i]);
+          store(target + i * stride + row, block[i]);
         } else {
-          store_partial(target + i * stride, block[i], left);
+          store_partial(target + i * stride + row, block[i], left);
         }
       }
     }
