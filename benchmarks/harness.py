@@ -3,9 +3,10 @@
 A bench file lists `Case`s (what is computed, on what, how much work it is) and `Provider`s (who
 computes it) and calls `main`. For each case every provider must first agree with the float64
 reference; those that do are timed in turn, A B C A B C, each round in another order, so that a slow
-moment of the machine hits all alike. A fixed dense control is read before and after: if it moved by
-more than 5 % the case is measured again, after three attempts dropped. Where nothing is saved, the
-first attempt is shown with a warning.
+moment of the machine hits all alike. Each turn begins with one call that is not timed, so that it
+tells how the provider runs, not in what state the one before has left the caches. A fixed dense
+control is read before and after: if it moved by more than 5 % the case is measured again, after
+three attempts dropped. Where nothing is saved, the first attempt is shown with a warning.
 
 A run saves after every case and skips what is saved, so an interrupted one goes on where it was. It
 says beforehand, and at every case, how long it expects to take.
@@ -128,6 +129,7 @@ def time_interleaved(
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds.fitting(sum(repeats[name] * once[name] for name in calls))):
         for name in order.sample(list(calls), len(calls)):
+            calls[name][-1]()
             samples[name].append(_sample(calls[name], repeats[name], device, now))
     return samples
 

@@ -85,8 +85,9 @@ std::vector<int32_t> row_starts(const BlockedRows& index) {
   return starts;
 }
 
-// Calls move(place, offset) with every entry's place in row-major order and its offset in a matrix
-// of these strides. A column that was written to cannot lead outside.
+// Calls move(entry, place, offset) with every entry's place in the order of the index and in
+// row-major order, and its offset in a matrix of these strides. A column that was written to cannot
+// lead outside.
 template <class Move>
 void move_dense(const BlockedRows& index, int64_t row_stride, int64_t column_stride,
                 const Move& move) {
@@ -97,21 +98,23 @@ void move_dense(const BlockedRows& index, int64_t row_stride, int64_t column_str
                        for (int64_t j = 0; j < count; ++j) {
                          const int64_t column =
                              std::min(first + index.columns[entry + j], index.width - 1);
-                         move(place + j, row * row_stride + column * column_stride);
+                         move(entry + j, place + j, row * row_stride + column * column_stride);
                        }
                      });
   });
 }
 
-// The kept entries of a dense matrix of these strides, row-major.
+// The kept entries of a dense matrix, row-major, or those of its transpose in the order of the
+// index.
 template <class T>
-Tensor kept_values(const BlockedRows& index, const Tensor& weight, int64_t row_stride,
-                   int64_t column_stride) {
+Tensor kept_values(const BlockedRows& index, const Tensor& weight, bool transposed) {
   const Tensor values = torch::stable::new_empty(weight, {index.kept});
   const T* source = data<T>(weight);
   T* target = mutable_data<T>(values);
-  move_dense(index, row_stride, column_stride,
-             [=](int64_t place, int64_t offset) { target[place] = source[offset]; });
+  move_dense(index, weight.stride(transposed), weight.stride(!transposed),
+             [=](int64_t entry, int64_t place, int64_t offset) {
+               target[transposed ? entry : place] = source[offset];
+             });
   return in_dtype(values, kWorkingType<T>);
 }
 
@@ -175,10 +178,8 @@ void blocked_forward(const LinearForward& call) {
   const std::vector<int32_t> starts = row_starts(index);
   dispatch_floating(kOp, call.input.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor values =
-        call.weight.dim() == 1
-            ? working_values<T>(call.weight)
-            : kept_values<T>(index, call.weight, call.weight.stride(0), call.weight.stride(1));
+    const Tensor values = call.weight.dim() == 1 ? working_values<T>(call.weight)
+                                                 : kept_values<T>(index, call.weight, false);
     run_product<T>({index, starts.data(), data<Working<T>>(values), samples<T>(call.input),
                     call.bias.has_value() ? data<T>(*call.bias) : nullptr, call.activation,
                     results<T>(call.output),
@@ -193,15 +194,12 @@ void blocked_input_gradient(const LinearInputGradient& call) {
   check_weight(call.weight, index.width, index.rows, index.kept);
   const int32_t* order =
       bounded_index(kOp, call.permutation, index.kept, index.kept, "permutation");
-  const std::vector<int32_t> starts = row_starts(index);
   dispatch_floating(kOp, call.gradient.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor values =
-        call.weight.dim() == 1
-            ? permuted_values<T>(index, call.weight, order)
-            : kept_values<T>(index, call.weight, call.weight.stride(1), call.weight.stride(0));
+    const Tensor values = call.weight.dim() == 1 ? permuted_values<T>(index, call.weight, order)
+                                                 : kept_values<T>(index, call.weight, true);
     run_product<T>({index,
-                    starts.data(),
+                    nullptr,
                     data<Working<T>>(values),
                     samples<T>(call.gradient, call.saved, call.activation),
                     nullptr,
@@ -236,7 +234,7 @@ std::tuple<Tensor, Tensor> blocked_weight_gradient(const LinearWeightGradient& c
       weight = torch::stable::new_zeros(values, {index.rows, index.width});
       T* target = mutable_data<T>(weight);
       move_dense(index, index.width, 1,
-                 [=](int64_t place, int64_t offset) { target[offset] = source[place]; });
+                 [=](int64_t, int64_t place, int64_t offset) { target[offset] = source[place]; });
     }
     result = {weight, in_dtype(bias, dtype)};
   });

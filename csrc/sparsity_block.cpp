@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "blocked_index.h"
@@ -63,13 +64,29 @@ Tensor sparsity_block(const Tensor& pointers, const Tensor& columns, int64_t wid
   return buffer;
 }
 
+// `order`, which lists entries row by row, in the order of a blocked index.
+Tensor sparsity_block_order(const Tensor& buffer, const Tensor& order, int64_t rows,
+                            int64_t width) {
+  const BlockedRows index = blocked_index(kOp, buffer, rows, width);
+  const int32_t* source = index_data(kOp, order, index.kept, "order");
+  const Tensor result = torch::stable::empty_like(order);
+  auto* target = static_cast<int32_t*>(result.mutable_data_ptr());
+  for_each_segment(index, 0, index.tiles(),
+                   [=](int64_t, int64_t, int64_t entry, int64_t place, int64_t count) {
+                     std::copy_n(source + place, count, target + entry);
+                   });
+  return result;
+}
+
 }  // namespace
 }  // namespace tscnc
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def("sparsity_block(Tensor pointers, Tensor columns, int width) -> Tensor");
+  m.def("sparsity_block_order(Tensor buffer, Tensor order, int rows, int width) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
   m.impl("sparsity_block", TORCH_BOX(&tscnc::sparsity_block));
+  m.impl("sparsity_block_order", TORCH_BOX(&tscnc::sparsity_block_order));
 }

@@ -198,6 +198,8 @@ def test_native_ops_have_fakes_and_refuse_what_would_read_out_of_bounds():
     torch.library.opcheck(ops.sparsity_pack.default, (SMALL,))
     torch.library.opcheck(ops.sparsity_build.default, (pattern.bits, 3, 3))
     torch.library.opcheck(ops.sparsity_block.default, (*index, 3))
+    blocked = pattern.blocked_columns, pattern.permutation
+    torch.library.opcheck(ops.sparsity_block_order.default, (*blocked, 3, 3))
     torch.library.opcheck(ops.sparsity_unpack.default, (pattern.bits, 3, 3))
     torch.library.opcheck(ops.sparsity_mapping.default, (pattern.bits, pattern.bits))
     torch.library.opcheck(ops.sparsity_places.default, (pattern.bits,))
@@ -290,6 +292,16 @@ def test_blocked_index_lists_the_kept_entries_tile_by_tile(kind, size):
         tiles, blocks = -(-rows // 256), -(-width // step)
         offsets = buffer[40 : 40 + 4 * (tiles * blocks + 1)].view(torch.int32)
         assert offsets.diff().tolist() == [len(block) for block in expected]
+    places = torch.zeros(size, dtype=torch.int32)
+    places[mask] = torch.arange(pattern.nnz, dtype=torch.int32)
+    step = int(pattern.blocked_columns[24:32].view(torch.int64))
+    tiles = zip(mask.t().split(256), places.t().split(256), strict=True)
+    expected = [
+        values[kept]
+        for tile, inside in tiles
+        for kept, values in zip(tile.split(step, dim=1), inside.split(step, dim=1), strict=True)
+    ]
+    assert torch.equal(pattern.blocked_permutation, torch.cat(expected))
     assert pattern.blocked_rows is pattern.blocked_rows
 
 

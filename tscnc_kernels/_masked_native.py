@@ -56,7 +56,8 @@ def native_gradients(
         return first, *others
     rows = pattern.blocked_rows if blocked_weight else pattern.columns
     columns = pattern.blocked_columns if blocked_input else pattern.column_rows
-    index = pattern.row_pointers, rows, pattern.column_pointers, columns, pattern.permutation
+    order = pattern.blocked_permutation if blocked_input else pattern.permutation
+    index = pattern.row_pointers, rows, pattern.column_pointers, columns, order
     codes = activation, SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
     return _native.masked_linear_backward.default(  # type: ignore[no-any-return]
         *tensors,

@@ -27,6 +27,11 @@ def _(pointers: Tensor, columns: Tensor, width: int) -> Tensor:
     return pointers.new_empty((size,), dtype=torch.uint8)
 
 
+@torch.library.register_fake("tscnc_kernels::sparsity_block_order")
+def _(buffer: Tensor, order: Tensor, rows: int, width: int) -> Tensor:
+    return torch.empty_like(order)
+
+
 @torch.library.register_fake("tscnc_kernels::sparsity_block_shape")
 def _(row_pointers: Tensor, columns: Tensor, width: int) -> Tensor:
     return columns.new_empty((2,), dtype=torch.int64)

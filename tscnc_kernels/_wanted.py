@@ -25,16 +25,16 @@ def wanted_gradients(ctx: Any, inputs: Sequence[Tensor | None]) -> list[bool]:
     if sum(needed) < 2 or not is_eager():
         return needed
     nodes = iter(ctx.next_functions)
-    for index, tensor in enumerate(inputs):
-        if tensor is not None:
-            node, _ = next(nodes)
-            needed[index] = node is not None and _runs(node)
+    asked = [(i, t.is_leaf, next(nodes)[0]) for i, t in enumerate(inputs) if t is not None]
+    refused = False
+    # An attack's input comes last: it is the leaf that autograd.grad() is often asked for alone.
+    for index, is_leaf, node in reversed(asked):
+        if node is None or (is_leaf and refused):
+            continue
+        try:
+            needed[index] = torch._C._will_engine_execute_node(node)
+        except RuntimeError:
+            # torch refuses to answer for leaves that autograd.grad() was asked for. Where it was
+            # asked for one, the others count as wanted: a refusal costs as much as a small layer.
+            refused = True
     return needed
-
-
-def _runs(node: Any) -> bool:
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:
-        # torch refuses to answer for leaves that autograd.grad() was asked for.
-        return True

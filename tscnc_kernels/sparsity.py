@@ -171,20 +171,26 @@ class SparsityPattern:
         return self._blocked("columns")
 
     @property
+    def blocked_permutation(self) -> Tensor:
+        """As permutation in the order of blocked_columns."""
+        return self._blocked("permutation")
+
+    @property
     def is_blocked(self) -> bool:
-        """Whether blocked_rows and blocked_columns are built."""
-        return len(self._built) == 2
+        """Whether blocked_rows, blocked_columns and blocked_permutation are built."""
+        return len(self._built) == 3
 
     def _blocked(self, order: str) -> Tensor:
         found = self._built.get(order)
         if found is None:
+            rows, width = self.matrix_shape
             if order == "rows":
-                found = _native.sparsity_block(
-                    self.row_pointers, self.columns, self.matrix_shape[1]
-                )
+                found = _native.sparsity_block(self.row_pointers, self.columns, width)
+            elif order == "columns":
+                found = _native.sparsity_block(self.column_pointers, self.column_rows, rows)
             else:
-                found = _native.sparsity_block(
-                    self.column_pointers, self.column_rows, self.shape[0]
+                found = _native.sparsity_block_order(
+                    self.blocked_columns, self.permutation, width, rows
                 )
             if not torch.compiler.is_compiling():
                 self._built[order] = found

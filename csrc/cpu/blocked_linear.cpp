@@ -14,43 +14,60 @@ constexpr int kPanelVecs = kVectorBytes == 64 ? 4 : 8;
 // Single inner products that wait for their reduction together.
 constexpr int64_t kWaiting = 64;
 
-// The narrowest panel for `count` samples.
-template <class T, class Function>
-inline void with_panel_width(int64_t count, const Function& function) {
-  if (count <= kLanes<T>) {
-    function(std::integral_constant<int, 1>());
-  } else if (count <= 2 * kLanes<T>) {
-    function(std::integral_constant<int, 2>());
-  } else if (kPanelVecs == 4 || count <= 4 * kLanes<T>) {
-    function(std::integral_constant<int, 4>());
-  } else {
-    function(std::integral_constant<int, kPanelVecs>());
-  }
-}
-
-// A block's values of neighbouring rows lie a row apart, where nothing prefetches them.
+// The values of a tile's rows, block by block: take(row, count) gives the row's next ones.
+//
+// In row-major order a block's values of neighbouring rows lie a row apart, where nothing
+// prefetches them.
 template <class C>
-inline void fetch_values(const C* values, const int32_t* next, int64_t row, int64_t rows) {
-  constexpr int64_t kAhead = 8, kLine = 64 / static_cast<int64_t>(sizeof(C));
-  const C* ahead = values + next[row + kAhead < rows ? row + kAhead : row];
-  __builtin_prefetch(ahead);
-  __builtin_prefetch(ahead + kLine);
-}
+class RowMajorValues {
+ public:
+  RowMajorValues(C* values, const int32_t* starts, int64_t rows) : values_(values), rows_(rows) {
+    std::memcpy(next_, starts, static_cast<size_t>(rows) * sizeof(int32_t));
+  }
 
-// Adds a block's part of the products to a tile of sums; next[row] is the place of the row's first
-// value of the block, and then of the next one.
-template <class C, int kVecs>
-void add_block(const uint8_t* counts, int64_t rows, const C* values, int32_t* next,
-               const uint8_t* columns, const C* panel, C* tile) {
+  C* take(int64_t row, uint8_t count) {
+    constexpr int64_t kAhead = 8, kLine = 64 / static_cast<int64_t>(sizeof(C));
+    const C* ahead = values_ + next_[row + kAhead < rows_ ? row + kAhead : row];
+    __builtin_prefetch(ahead);
+    __builtin_prefetch(ahead + kLine);
+    C* found = values_ + next_[row];
+    next_[row] += count;
+    return found;
+  }
+
+ private:
+  C* values_;
+  int64_t rows_;
+  int32_t next_[kBlockedTileRows];
+};
+
+// The same in the order of the index.
+template <class C>
+class BlockOrderValues {
+ public:
+  explicit BlockOrderValues(C* first) : next_(first) {}
+
+  C* take(int64_t, uint8_t count) {
+    next_ += count;
+    return next_ - count;
+  }
+
+ private:
+  C* next_;
+};
+
+// Adds a block's part of the products to a tile of sums.
+template <class C, int kVecs, class Values>
+void add_block(const uint8_t* counts, int64_t rows, Values* values, const uint8_t* columns,
+               const C* panel, C* tile) {
   constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
   for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
-    const int64_t count = counts[row];
-    fetch_values(values, next, row, rows);
+    const uint8_t count = counts[row];
+    const C* taken = values->take(row, count);
     Vec<C> sum[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) sum[v] = load(tile + v * kW);
-    add_row_product<C, kVecs>(values + next[row], columns, count, panel, sum);
-    next[row] += counts[row];
+    add_row_product<C, kVecs>(taken, columns, count, panel, sum);
     columns += count;
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) store(tile + v * kW, sum[v]);
@@ -69,12 +86,17 @@ void product_tile(const BlockedProduct<T>& call, int64_t tile, int64_t sample, i
         broadcast(call.bias == nullptr ? C(0) : load_partial(call.bias + row + r, 1)[0]);
     for (int v = 0; v < kVecs; ++v) store(sums + r * kWidth + v * kW, bias);
   }
-  int32_t next[kBlockedTileRows];
-  std::memcpy(next, call.starts + row, static_cast<size_t>(rows) * sizeof(int32_t));
-  for (int64_t block = 0; block < index.blocks(); ++block) {
-    add_block<C, kVecs>(index.row_counts(tile, block), rows, call.values, next,
-                        index.columns + index.first_entry(tile, block),
-                        panel + block * index.block_width * kWidth, sums);
+  const auto add_blocks = [&](auto values) {
+    for (int64_t block = 0; block < index.blocks(); ++block) {
+      add_block<C, kVecs>(index.row_counts(tile, block), rows, &values,
+                          index.columns + index.first_entry(tile, block),
+                          panel + block * index.block_width * kWidth, sums);
+    }
+  };
+  if (call.starts == nullptr) {
+    add_blocks(BlockOrderValues<const C>(call.values + index.first_entry(tile, 0)));
+  } else {
+    add_blocks(RowMajorValues<const C>(call.values, call.starts + row, rows));
   }
   finish_tile<T, kVecs>(sums, row, rows, sample, count, call.activation, call.preactivation,
                         call.output);
@@ -109,21 +131,21 @@ class Waiting {
   int64_t count_ = 0;
 };
 
-// Adds <tile row, panel[column]> to the gradients of the entries of a block; `next` as above.
+// Adds <tile row, panel[column]> to the gradients of the entries of a block.
 template <class C, int kVecs>
-void add_block_gradients(const uint8_t* counts, int64_t rows, int32_t* next, const uint8_t* columns,
-                         const C* panel, const C* tile, C* values_gradient, Waiting<C>* waiting) {
+void add_block_gradients(const uint8_t* counts, int64_t rows, RowMajorValues<C>* values_gradient,
+                         const uint8_t* columns, const C* panel, const C* tile,
+                         Waiting<C>* waiting) {
   constexpr int kW = kLanes<C>, kWidth = kVecs * kW;
   for (int64_t row = 0; row < rows; ++row, tile += kWidth) {
-    const int64_t count = counts[row];
+    const uint8_t count = counts[row];
     Vec<C> held[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) held[v] = load(tile + v * kW);
     const auto product = [&](uint8_t column) {
       return lane_products<C, kVecs>(held, panel + static_cast<int64_t>(column) * kWidth);
     };
-    fetch_values(values_gradient, next, row, rows);
-    C* gradients = values_gradient + next[row];
+    C* gradients = values_gradient->take(row, count);
     int64_t j = 0;
     for (; j + kW <= count; j += kW) {
       store(gradients + j,
@@ -131,7 +153,6 @@ void add_block_gradients(const uint8_t* counts, int64_t rows, int32_t* next, con
     }
     for (; j < count; ++j) waiting->push(product(columns[j]), gradients + j);
     columns += count;
-    next[row] += counts[row];
   }
 }
 
@@ -147,12 +168,12 @@ void weight_gradient_tile(const BlockedWeightGradient<T>& call, int64_t tile, in
     add_row_sums<Compute<T>, kVecs>(held, rows, call.bias_gradient + row);
   }
   if (call.values_gradient == nullptr) return;
-  int32_t next[kBlockedTileRows];
-  std::memcpy(next, call.starts + row, static_cast<size_t>(rows) * sizeof(int32_t));
+  RowMajorValues<Compute<T>> gradients(call.values_gradient, call.starts + row, rows);
   for (int64_t block = 0; block < index.blocks(); ++block) {
-    add_block_gradients<Compute<T>, kVecs>(
-        index.row_counts(tile, block), rows, next, index.columns + index.first_entry(tile, block),
-        panel + block * index.block_width * kWidth, held, call.values_gradient, waiting);
+    add_block_gradients<Compute<T>, kVecs>(index.row_counts(tile, block), rows, &gradients,
+                                           index.columns + index.first_entry(tile, block),
+                                           panel + block * index.block_width * kWidth, held,
+                                           waiting);
     waiting->flush();
   }
 }
@@ -179,7 +200,7 @@ void blocked_product(const BlockedProduct<T>& call, int64_t begin, int64_t end,
   for (int64_t item = begin; item < end; ++item) {
     const int64_t sample = item / call.tile_splits * lanes, split = item % call.tile_splits;
     const int64_t left = call.input.count - sample, count = left < lanes ? left : lanes;
-    with_panel_width<T>(count, [&](auto width) {
+    with_panel_width<T, kPanelVecs>(count, [&](auto width) {
       constexpr int kVecs = decltype(width)::value;
       if (packed != sample) {
         pack<T, kVecs>(call.input, sample, count, 0, call.index.width, panel);
@@ -202,7 +223,7 @@ void blocked_weight_gradient(const BlockedWeightGradient<T>& call, int64_t begin
   Waiting<Compute<T>> waiting;
   for (int64_t sample = 0; sample < call.input.count; sample += lanes) {
     const int64_t left = call.input.count - sample, count = left < lanes ? left : lanes;
-    with_panel_width<T>(count, [&](auto width) {
+    with_panel_width<T, kPanelVecs>(count, [&](auto width) {
       constexpr int kVecs = decltype(width)::value;
       if (call.values_gradient != nullptr) {
         pack<T, kVecs>(call.input, sample, count, 0, call.index.width, panel);

@@ -6,11 +6,12 @@
 
 namespace tscnc {
 
-// output = act(input S^T + bias), S the sparse matrix with row-major `values`.
+// output = act(input S^T + bias), S the sparse matrix with `values`.
 template <class T>
 struct BlockedProduct {
   BlockedRows index;
-  const int32_t* starts;  // (rows,), where each row's values begin
+  // (rows,), where each row's values begin; null for values in the order of the index.
+  const int32_t* starts;
   const Working<T>* values;
   Samples<T> input;
   const T* bias;  // (rows,) or null

@@ -12,18 +12,6 @@ constexpr int kPanelVecs = 4;
 // Results transposed together: several cache lines of a row-major output.
 constexpr int64_t kTileRows = 64;
 
-// The narrowest panel for `count` samples.
-template <class T, class Function>
-inline void with_panel_width(int64_t count, const Function& function) {
-  if (count <= kLanes<T>) {
-    function(std::integral_constant<int, 1>());
-  } else if (count <= 2 * kLanes<T>) {
-    function(std::integral_constant<int, 2>());
-  } else {
-    function(std::integral_constant<int, kPanelVecs>());
-  }
-}
-
 template <class T, int kVecs>
 void product_tile(const MaskedProduct<T>& call, int64_t row, int64_t rows, int64_t sample,
                   int64_t count, const Compute<T>* panel, Compute<T>* tile) {
@@ -67,7 +55,7 @@ void masked_linear_product(const MaskedProduct<T>& call, int64_t begin, int64_t 
     const int64_t left = call.input.count - sample, count = left < lanes ? left : lanes;
     const int64_t row_begin = row_split(call.structure, split, call.row_splits);
     const int64_t row_end = row_split(call.structure, split + 1, call.row_splits);
-    with_panel_width<T>(count, [&](auto width) {
+    with_panel_width<T, kPanelVecs>(count, [&](auto width) {
       constexpr int kVecs = decltype(width)::value;
       if (packed != sample) {
         pack<T, kVecs>(call.input, sample, count, 0, call.structure.width, panel);
@@ -92,7 +80,7 @@ void masked_linear_weight_gradient(const MaskedWeightGradient<T>& call, int64_t 
   Compute<T>* panel = scratch + kTileRows * lanes;
   for (int64_t sample = 0; sample < call.input.count; sample += lanes) {
     const int64_t left = call.input.count - sample, count = left < lanes ? left : lanes;
-    with_panel_width<T>(count, [&](auto width) {
+    with_panel_width<T, kPanelVecs>(count, [&](auto width) {
       constexpr int kVecs = decltype(width)::value, kWidth = kVecs * kLanes<T>;
       if (products) pack<T, kVecs>(call.input, sample, count, 0, call.structure.width, panel);
       for (int64_t first = begin; first < end; first += kTileRows) {

@@ -15,18 +15,6 @@ constexpr int64_t kPending = 64;
 // How many entries ahead the panel's lines are fetched from the second-level cache.
 constexpr int64_t kAhead = 8;
 
-// The narrowest panel for `count` samples.
-template <class T, class Function>
-inline void with_panel_width(int64_t count, const Function& function) {
-  if (count <= kLanes<T>) {
-    function(std::integral_constant<int, 1>());
-  } else if (count <= 2 * kLanes<T>) {
-    function(std::integral_constant<int, 2>());
-  } else {
-    function(std::integral_constant<int, kPanelVecs>());
-  }
-}
-
 // Products of consecutive entries whose lanes are still to be summed, kLanes of them at a time and
 // across the borders of rows, most of which are short.
 template <class C>
@@ -143,7 +131,7 @@ void masked_linear_backward(const MaskedBackward<T>& call, int64_t begin, int64_
   for (int64_t sample = 0; sample < call.input.count; sample += kLanesOfPanel) {
     const int64_t left = call.input.count - sample;
     const int64_t count = left < kLanesOfPanel ? left : kLanesOfPanel;
-    with_panel_width<T>(count, [&](auto width) {
+    with_panel_width<T, kPanelVecs>(count, [&](auto width) {
       constexpr int kVecs = decltype(width)::value, kWidth = kVecs * kLanes<T>;
       pack<T, kVecs>(call.gradient, sample, count, 0, structure.width, panel);
       if (call.bias_gradient != nullptr) {

@@ -12,18 +12,6 @@ constexpr int kGroupVecs = kVectorBytes == 64 ? 4 : 2;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The narrowest panel for `count` samples.
-template <class T, class Function>
-inline void with_panel_width(int64_t count, const Function& function) {
-  if (count <= kLanes<T>) {
-    function(std::integral_constant<int, 1>());
-  } else if (count <= 2 * kLanes<T>) {
-    function(std::integral_constant<int, 2>());
-  } else {
-    function(std::integral_constant<int, kPanelVecs>());
-  }
-}
-
 // Entries of a group's columns whose features stay in the first-level cache while every four rows
 // of the group use them.
 constexpr int64_t kBlockEntries = 192;
@@ -165,7 +153,7 @@ void block_product(const MaskedProduct<T>& call, const RowGroups& groups, int64_
     const int64_t count = smaller(lanes, call.input.count - sample);
     const int64_t first = group_split(call.structure, groups, split, call.row_splits);
     const int64_t last = group_split(call.structure, groups, split + 1, call.row_splits);
-    with_panel_width<T>(count, [&](auto width) {
+    with_panel_width<T, kPanelVecs>(count, [&](auto width) {
       constexpr int kVecs = decltype(width)::value;
       if (packed != sample) {
         pack<T, kVecs>(call.input, sample, count, 0, call.structure.width, panel);

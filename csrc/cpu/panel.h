@@ -10,79 +10,10 @@
 #include "gelu.h"
 #include "include/activation.h"
 #include "masked_linear.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace tscnc::TSCNC_ISA {
-
-template <int kBytes>
-struct SignedOf;
-template <>
-struct SignedOf<4> {
-  using type = int32_t;
-};
-template <>
-struct SignedOf<8> {
-  using type = int64_t;
-};
-
-// In every block of 2 * kHalf lanes: the chosen half (0 low, 1 high) of a, then that half of b.
-template <class C, int kHalf, int kWhich, int... kLane>
-inline Vec<C> join_halves(Vec<C> a, Vec<C> b, std::integer_sequence<int, kLane...>) {
-  constexpr int n = sizeof...(kLane);
-#define TSCNC_LANE                                                            \
-  (kLane / (2 * kHalf) * (2 * kHalf) + kLane % kHalf + (kWhich ? kHalf : 0) + \
-   (kLane % (2 * kHalf) < kHalf ? 0 : n))
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, TSCNC_LANE...);
-#else
-  const Vec<typename SignedOf<sizeof(C)>::type> lanes = {TSCNC_LANE...};
-  return __builtin_shuffle(a, b, lanes);
-#endif
-#undef TSCNC_LANE
-}
-
-template <class C, int kHalf, int kWhich>
-inline Vec<C> join_halves(Vec<C> a, Vec<C> b) {
-  return join_halves<C, kHalf, kWhich>(a, b, std::make_integer_sequence<int, kLanes<C>>());
-}
-
-// Transposes kLanes vectors in place, swapping off-diagonal blocks of halving size.
-template <class C, int kHalf = kLanes<C> / 2>
-[[gnu::always_inline]] inline void transpose(Vec<C>* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<C>; ++i) {
-    if (i & kHalf) continue;
-    const Vec<C> low = join_halves<C, kHalf, 0>(rows[i], rows[i + kHalf]);
-    rows[i + kHalf] = join_halves<C, kHalf, 1>(rows[i], rows[i + kHalf]);
-    rows[i] = low;
-  }
-  if constexpr (kHalf > 1) transpose<C, kHalf / 2>(rows);
-}
-
-// The vector whose lane i is the sum of the lanes of rows[i]; about one instruction per row.
-template <class C, int kHalf = kLanes<C> / 2>
-inline Vec<C> sum_each(Vec<C>* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kHalf; ++i) {
-    rows[i] = join_halves<C, kHalf, 0>(rows[i], rows[i + kHalf]) +
-              join_halves<C, kHalf, 1>(rows[i], rows[i + kHalf]);
-  }
-  if constexpr (kHalf > 1) return sum_each<C, kHalf / 2>(rows);
-  return rows[0];
-}
-
-// sum_each of row(0), ..., row(kLanes - 1), computed in an order that leaves few of them in
-// registers at a time.
-template <class C, int kStep = 1, class Row>
-inline Vec<C> sum_each_of(const Row& row, int first = 0) {
-  if constexpr (kStep == kLanes<C>) {
-    return row(first);
-  } else {
-    const Vec<C> a = sum_each_of<C, 2 * kStep>(row, first);
-    const Vec<C> b = sum_each_of<C, 2 * kStep>(row, first + kStep);
-    return join_halves<C, kStep, 0>(a, b) + join_halves<C, kStep, 1>(a, b);
-  }
-}
 
 template <class C>
 inline Vec<C> activate(Vec<C> value, Activation activation) {
@@ -179,6 +110,16 @@ inline void fetch_ahead(const T* data) {
   for (int i = 0; i < kCount; i += 64 / static_cast<int>(sizeof(T))) {
     __builtin_prefetch(data + i, kWrite);
   }
+}
+
+// Calls function with the number of vectors, a power of two up to kMost, of the narrowest panel
+// that holds `count` samples.
+template <class T, int kMost, int kVecs = 1, class Function>
+inline void with_panel_width(int64_t count, const Function& function) {
+  if constexpr (kVecs < kMost) {
+    if (count > kVecs * kLanes<T>) return with_panel_width<T, kMost, 2 * kVecs>(count, function);
+  }
+  function(std::integral_constant<int, kVecs>());
 }
 
 // As many of `features` features of kLanes samples as fill whole cache lines, row-major input;

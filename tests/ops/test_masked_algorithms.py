@@ -12,7 +12,7 @@ from tscnc_kernels.ops import masked_linear as op
 def test_the_model_is_sparse_where_little_is_kept():
     sparse, dense = pattern(300, 300), pattern(300, 300, "full")
     assert choose("masked_linear", sparse, "native", None) == ("panel",) * 3
-    assert sparse.blocked_rows.numel() and sparse.blocked_columns.numel() and sparse.is_blocked
+    assert sparse.blocked_rows.numel() and sparse.blocked_permutation.numel() and sparse.is_blocked
     assert choose("masked_linear", sparse, "native", None) == ("blocked",) * 3
     assert choose("masked_linear", dense, "native", None) == ("dense",) * 3
     assert choose("masked_linear", sparse, "reference", None) == ("dense",) * 3

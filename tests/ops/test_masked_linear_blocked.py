@@ -17,7 +17,7 @@ def raw_calls():
     grad_output, none = torch.randn(4, 5), torch.empty(0, 5)
     ops = torch.ops.tscnc_kernels
     index = kept.row_pointers, kept.blocked_rows
-    backward_index = *index, kept.column_pointers, kept.blocked_columns, kept.permutation
+    backward_index = *index, kept.column_pointers, kept.blocked_columns, kept.blocked_permutation
     needs = True, True, True
     return [
         (ops.masked_linear.default, (input, weight, bias, *index, 1, 1, False)),

@@ -39,7 +39,7 @@ def raw_calls():
         kept.blocked_rows,
         kept.column_pointers,
         kept.blocked_columns,
-        kept.permutation,
+        kept.blocked_permutation,
     )
     calls.append(
         (
