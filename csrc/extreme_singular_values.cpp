@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -15,6 +16,7 @@
 
 #include "checks.h"
 #include "dtype_dispatch.h"
+#include "sparse_index.h"
 
 namespace tscnc {
 namespace {
@@ -36,9 +38,21 @@ struct Packing {
   int64_t rows = 0, cols = 0, smaller = 0;
 };
 
+// Sums bytes eight at a time: 128 words of ones do not overflow theirs.
 int64_t count_true(const bool* mask, int64_t count) {
-  int64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += mask[i];
+  constexpr int64_t kWords = 128, kBytes = 8 * kWords;
+  int64_t sum = 0, i = 0;
+  for (; i + kBytes <= count; i += kBytes) {
+    uint64_t total = 0;
+    for (int64_t w = 0; w < kWords; ++w) {
+      uint64_t word;
+      std::memcpy(&word, mask + i + 8 * w, sizeof(word));
+      total += word;
+    }
+    const uint64_t pairs = (total & 0x00ff00ff00ff00ffu) + ((total >> 8) & 0x00ff00ff00ff00ffu);
+    sum += static_cast<int64_t>((pairs * 0x0001000100010001u) >> 48);
+  }
+  for (; i < count; ++i) sum += mask[i];
   return sum;
 }
 
@@ -73,14 +87,31 @@ void keep_live(const Tensor& structure, bool structural, Job* job) {
   a.structural_rank = std::min(most, std::max<int64_t>(flags[0], most > 0));
 }
 
-// masks and structures: empty, or one per matrix with an empty tensor where it has no pattern. The
-// jobs point into themselves and must not be moved afterwards.
-std::vector<Job> make_jobs(const Tensors& matrices, const Tensors& masks, const Tensors& structures,
-                           bool structural, Packing* packing) {
+// What the list's matrices have beside their values: each list empty, or one tensor per matrix, empty
+// where it has no pattern. The compressed rows are optional.
+struct Patterns {
+  Tensors masks, structures, row_pointers, columns;
+};
+
+void take_rows(const Tensor& pointers, const Tensor& columns, SpectralMatrix* a) {
+  if (pointers.numel() == 0) return;
+  STD_TORCH_CHECK(pointers.numel() == a->rows + 1, kOp, ": expected ", a->rows + 1,
+                  " row pointers, got ", pointers.numel());
+  a->row_begin = pointer_data(kOp, pointers, a->nnz, "row_pointers");
+  a->entry_column = bounded_index(kOp, columns, a->nnz, a->cols, "columns");
+}
+
+// The jobs point into themselves and must not be moved afterwards.
+std::vector<Job> make_jobs(const Tensors& matrices, const Patterns& patterns, bool structural,
+                           Packing* packing) {
+  const Tensors &masks = patterns.masks, &structures = patterns.structures;
   STD_TORCH_CHECK(!matrices.empty(), kOp, ": expected at least one matrix, got an empty list");
   STD_TORCH_CHECK((masks.empty() || masks.size() == matrices.size()) &&
                       (structures.empty() || structures.size() == masks.size()),
                   kOp, ": expected one mask and one structure per matrix");
+  STD_TORCH_CHECK((patterns.columns.empty() || patterns.columns.size() == masks.size()) &&
+                      patterns.row_pointers.size() == patterns.columns.size(),
+                  kOp, ": expected the compressed rows of every mask");
   std::vector<Job> jobs(matrices.size());
   for (size_t i = 0; i < matrices.size(); ++i) {
     const Tensor& matrix = matrices[i];
@@ -99,6 +130,7 @@ std::vector<Job> make_jobs(const Tensors& matrices, const Tensors& masks, const 
       check_same_shape(matrix, masks[i]);
       a.mask = static_cast<const bool*>(masks[i].const_data_ptr());
       a.nnz = count_true(a.mask, a.rows * a.cols);
+      if (!patterns.columns.empty()) take_rows(patterns.row_pointers[i], patterns.columns[i], &a);
       if (!structures.empty()) keep_live(structures[i], structural, &job);
     }
     job.row_offset = packing->rows;
@@ -161,10 +193,12 @@ T* data(Tensor& tensor) {
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors structures,
+                                    Tensors row_pointers, Tensors columns,
                                     std::optional<Tensor> state, bool structural, double tie_tol,
-                                    bool power, bool certify) {
+                                    bool power, bool certify, bool largest_only) {
   Packing packing;
-  const std::vector<Job> jobs = make_jobs(matrices, masks, structures, structural, &packing);
+  const std::vector<Job> jobs = 
+      make_jobs(matrices, {masks, structures, row_pointers, columns}, structural, &packing);
   const int64_t count = static_cast<int64_t>(jobs.size());
   const double* warm = nullptr;
   if (state.has_value()) {
@@ -183,7 +217,7 @@ Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors str
   Tensor flags = empty({count}, ScalarType::Long);
   Tensor ties = empty({count, 2}, ScalarType::Long);
   Tensor bounds = empty({certify ? count : 0, 3, 2}, ScalarType::Double);
-  const SpectralOptions options = {tie_tol, power, certify};
+  const SpectralOptions options = {tie_tol, power, certify, largest_only};
   const auto kernel = TSCNC_SELECT(extreme_singular_values);
   run_jobs(jobs, [&](size_t i, double* workspace) {
     const Job& job = jobs[i];
@@ -217,7 +251,7 @@ Tensors extreme_singular_values_backward_cpu(Tensor grad_sigma, Tensors matrices
                                              Tensor sigma, Tensor left, Tensor right, Tensor block,
                                              Tensor ties) {
   Packing packing;
-  const std::vector<Job> jobs = make_jobs(matrices, masks, {}, false, &packing);
+  const std::vector<Job> jobs = make_jobs(matrices, {masks, {}, {}, {}}, false, &packing);
   const int64_t count = static_cast<int64_t>(jobs.size());
   check_numel(grad_sigma, 2 * count, ScalarType::Double);
   check_numel(sigma, 2 * count, ScalarType::Double);
@@ -252,7 +286,8 @@ Tensors extreme_singular_values_backward_cpu(Tensor grad_sigma, Tensors matrices
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
       "extreme_singular_values(Tensor[] matrices, Tensor[] masks, Tensor[] structures, "
-      "Tensor? state, bool structural, float tie_tol, bool power, bool certify) -> "
+      "Tensor[] row_pointers, Tensor[] columns, Tensor? state, bool structural, float tie_tol, "
+      "bool power, bool certify, bool largest_only) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "extreme_singular_values_backward(Tensor grad_sigma, Tensor[] matrices, Tensor[] masks, "

@@ -32,12 +32,15 @@ struct SpectralMatrix {
   int64_t kept_row_count, kept_col_count;
   int64_t structural_rank;  // of what is kept; min(kept counts) without a pattern
   bool want_full_rank;      // sigma_min at min(rows, cols) even where the pattern forbids that rank
+  const int32_t* row_begin;     // compressed rows of the mask, rows + 1, or null
+  const int32_t* entry_column;  // nnz
 };
 
 struct SpectralOptions {
   double tie_tolerance;
   bool power;  // power iteration in place of the Krylov spaces
   bool certify;
+  bool largest_only;  // sigma_max; what belongs to sigma_min comes back as NaN, its vectors as zero
 };
 
 // Vectors span all rows or columns of W and are zero at the removed ones.
