@@ -18,9 +18,9 @@ MAX_TIES = 16
 _UNIT = 2.0**-53
 
 # The raw op's outputs: (2, L) sigma, (2, Σ rows) left, (2, Σ cols) right, (2 MAX_TIES, Σ smaller)
-# block of tied vectors, (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds;
-# float64 or int64.
-Raw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# block of tied vectors, (4, Σ smaller) state, (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties,
+# (L, 3, 2) bounds; float64 or int64.
+Raw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Bounds(NamedTuple):
@@ -159,11 +159,13 @@ def pack_reference(
         blocks.append(torch.cat([_padded(small, 0, 1), _padded(small, last, -1)]))
         flags.append((ends[1] == 0).long() * RANK_DEFICIENT)
         bounds.append(_certify(safe, ends, last) + blank if certify else s.new_empty(0, 3, 2))
+    block = torch.cat(blocks, dim=1)
     return (
         sigma,
         torch.cat(lefts, dim=1),
         torch.cat(rights, dim=1),
-        torch.cat(blocks, dim=1),
+        block,
+        torch.cat([block[:2], block[MAX_TIES : MAX_TIES + 2]]),
         torch.cat(lasts) + 1,
         torch.stack(residuals),
         torch.stack(flags),
@@ -182,25 +184,30 @@ def _padded(rows: Tensor, start: Tensor | int, step: int) -> Tensor:
 
 
 def without_smallest(raw: Raw) -> Raw:
-    """A result in which sigma_min was not asked for: NaN, its vectors zero."""
-    sigma, left, right, block, rank, residual, flags, ties, bounds = raw
-    unknown = torch.full_like(sigma[:1], torch.nan)
+    """A raw result in which nothing is told of sigma_min."""
+    sigma, left, right, block, state, rank, residual, flags, ties, bounds = raw
+    first = torch.tensor([[1.0], [0.0]], dtype=sigma.dtype, device=sigma.device)
+
+    def kept(rows: Tensor, count: int) -> Tensor:
+        return torch.cat([rows[:count], torch.zeros_like(rows[count:])])
+
     return (
-        torch.cat([sigma[:1], unknown]),
-        torch.cat([left[:1], torch.zeros_like(left[:1])]),
-        torch.cat([right[:1], torch.zeros_like(right[:1])]),
-        torch.cat([block[:MAX_TIES], torch.zeros_like(block[:MAX_TIES])]),
+        torch.where(first > 0, sigma, 0.0),
+        kept(left, 1),
+        kept(right, 1),
+        kept(block, MAX_TIES),
+        kept(state, 2),
         rank,
-        torch.cat([residual[:, :1], unknown.mT], dim=1),
+        torch.where(first.mT > 0, residual, 0.0),
         torch.where(sigma[0] == 0, flags, 0),
-        torch.cat([ties[:, :1], torch.ones_like(ties[:, :1])], dim=1),
+        torch.where(first.mT > 0, ties, 1),
         bounds,
     )
 
 
 def unpack(raw: Raw, matrices: Sequence[Tensor], largest_only: bool) -> ExtremeSingularValues:
     """The public result of a raw one."""
-    sigma, left, right, block, rank, residual, flags, _, bounds = raw
+    sigma, left, right, _, state, rank, residual, flags, _, bounds = raw
     is_double = any(matrix.dtype == torch.float64 for matrix in matrices)
     if not is_double:
         sigma, left, right = sigma.float(), left.float(), right.float()
@@ -208,17 +215,21 @@ def unpack(raw: Raw, matrices: Sequence[Tensor], largest_only: bool) -> ExtremeS
     largest, smallest = sigma.unbind()
     u_max, u_min = _pieces(left, rows)
     v_max, v_min = _pieces(right, cols)
+    if largest_only:
+        u_min, v_min = (), ()
+        smallest = torch.full_like(smallest, torch.nan)
+        residual = torch.stack([residual[:, 0], smallest.to(residual.dtype)], dim=1)
     return ExtremeSingularValues(
         sigma_max=largest,
         sigma_min=smallest,
         u_max=u_max,
         v_max=v_max,
-        u_min=() if largest_only else u_min,
-        v_min=() if largest_only else v_min,
+        u_min=u_min,
+        v_min=v_min,
         rank=rank,
         residual=residual,
         flags=flags,
-        state=torch.cat([block[:2], block[MAX_TIES : MAX_TIES + 2]]),
+        state=state,
         bounds=Bounds(*bounds.unbind(1)) if bounds.shape[0] else None,
     )
 

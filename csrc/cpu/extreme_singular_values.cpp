@@ -4,7 +4,6 @@
 
 #include "certificate.h"
 #include "extreme_vectors.h"
-#include "warm_extremes.h"
 
 namespace tscnc::TSCNC_ISA {
 namespace {
@@ -163,9 +162,16 @@ class Writer {
   SpectralResult& out_;
 };
 
-// Takes the smallest singular value back out of a result.
+void keep_state(const SpectralMatrix& a, SpectralResult* out) {
+  const int64_t smaller = a.rows < a.cols ? a.rows : a.cols, stride = out->block_stride;
+  for (int i = 0; i < 4; ++i) {
+    copy(out->state + i * stride, out->block + (i / 2 * kMaxTies + i % 2) * stride, smaller);
+  }
+}
+
+// Takes the smallest singular value, which was not asked for, back out of a result.
 void forget_smallest(const SpectralMatrix& a, SpectralResult* out) {
-  out->sigma[1] = out->residual[1] = kNaN;
+  out->sigma[1] = out->residual[1] = 0;
   zero(out->left[1], a.rows);
   zero(out->right[1], a.cols);
   for (int64_t i = kMaxTies; i < 2 * kMaxTies; ++i) {
@@ -174,33 +180,20 @@ void forget_smallest(const SpectralMatrix& a, SpectralResult* out) {
   out->ties[1] = 1;
 }
 
-// Whether passes over the matrix are enough.
-bool solved_by_passes(const SpectralMatrix& matrix, const SpectralOptions& options,
-                      const double* warm, int64_t warm_stride, double* workspace,
-                      SpectralResult* result) {
-  if (warm != nullptr && !options.power && !options.certify &&
-      warm_extremes(matrix, options, warm, warm_stride, workspace, result)) {
-    return true;
-  }
-  return options.largest_only &&
-         largest_by_passes(matrix, options, warm, warm_stride, workspace, result);
-}
-
 }  // namespace
 
 int64_t extreme_singular_values_workspace(const SpectralMatrix& matrix) {
   const int64_t forward = ForwardWorkspace(matrix, nullptr).size;
   const int64_t backward = BackwardWorkspace(matrix, nullptr).size;
-  const int64_t passes = pass_workspace(matrix), direct = forward > backward ? forward : backward;
-  return direct > passes ? direct : passes;
+  return forward > backward ? forward : backward;
 }
 
 void extreme_singular_values(const SpectralMatrix& matrix, const SpectralOptions& options,
                              const double* warm, int64_t warm_stride, double* workspace,
                              SpectralResult* result) {
-  if (solved_by_passes(matrix, options, warm, warm_stride, workspace, result)) return;
   Writer(matrix, options, workspace, result).run(warm, warm_stride);
   if (options.largest_only) forget_smallest(matrix, result);
+  keep_state(matrix, result);
 }
 
 }  // namespace tscnc::TSCNC_ISA

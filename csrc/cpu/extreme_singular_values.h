@@ -40,7 +40,7 @@ struct SpectralOptions {
   double tie_tolerance;
   bool power;  // power iteration in place of the Krylov spaces
   bool certify;
-  bool largest_only;  // sigma_max; what belongs to sigma_min comes back as NaN, its vectors as zero
+  bool largest_only;  // sigma_max; all that belongs to sigma_min comes back as zero
 };
 
 // Vectors span all rows or columns of W and are zero at the removed ones.
@@ -53,14 +53,15 @@ struct SpectralResult {
   double* left[2];   // (rows)
   double* right[2];  // (cols)
   double* block;     // (2 * kMaxTies, min(rows, cols)) tied vectors of the smaller side
-  int64_t block_stride;
+  double* state;     // (4, min(rows, cols)), two vectors per end to start the next call from
+  int64_t block_stride;  // of both
 };
 
 // fp64 elements of workspace for one matrix.
 TSCNC_PER_ISA(int64_t extreme_singular_values_workspace(const SpectralMatrix& matrix);)
 
-// warm: the first two block rows of each end from an earlier call, four rows with stride
-// warm_stride, or null.
+// By factorisations. warm: the state of an earlier call, four rows with stride warm_stride, or
+// null.
 TSCNC_PER_ISA(void extreme_singular_values(const SpectralMatrix& matrix,
                                            const SpectralOptions& options, const double* warm,
                                            int64_t warm_stride, double* workspace,

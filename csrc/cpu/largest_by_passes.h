@@ -46,6 +46,7 @@ class LargestByPasses {
     for (int64_t i = 0; i < count; ++i) {
       copy(out->block + i * out->block_stride, block_ + i * ld_, n_);
     }
+    for (int64_t i = 0; i < two; ++i) copy(out->state + i * out->block_stride, block_ + i * ld_, n_);
     return true;
   }
 

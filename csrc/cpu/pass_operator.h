@@ -2,8 +2,6 @@
 // solvers that have nothing else write of their result.
 #pragma once
 
-#include <limits>
-
 #include "fused_pass.h"
 #include "spectral_workspace.h"
 
@@ -18,10 +16,6 @@ inline int64_t long_side(const SpectralMatrix& a) { return a.rows < a.cols ? a.c
 inline const int64_t* small_kept(const SpectralMatrix& a) {
   return a.rows < a.cols ? a.kept_rows : a.kept_cols;
 }
-inline int64_t small_kept_count(const SpectralMatrix& a) {
-  return a.rows < a.cols ? a.kept_row_count : a.kept_col_count;
-}
-
 inline bool reads_entries(const SpectralMatrix& a) {
   return a.row_begin != nullptr && static_cast<double>(a.nnz) <
                                        kEntryDensity * static_cast<double>(a.rows) *
@@ -75,12 +69,13 @@ inline void clear_result(const SpectralMatrix& a, SpectralResult* out) {
   for (int end = 0; end < 2; ++end) {
     zero(out->left[end], a.rows);
     zero(out->right[end], a.cols);
-    out->sigma[end] = out->residual[end] = std::numeric_limits<double>::quiet_NaN();
+    out->sigma[end] = out->residual[end] = 0;
     out->ties[end] = 1;
   }
   for (int64_t i = 0; i < 2 * kMaxTies; ++i) {
     zero(out->block + i * out->block_stride, small_side(a));
   }
+  for (int i = 0; i < 4; ++i) zero(out->state + i * out->block_stride, small_side(a));
   out->flags = 0;
   out->rank = a.want_full_rank ? small_side(a) : a.structural_rank;
 }

@@ -175,7 +175,8 @@ class WarmExtremes {
       }
       for (int64_t j = 0; j < n_ && end == 1; ++j) z[j] = values_[0] * x[j] - z[j];
       normalise(z, ld_);
-      copy(out->block + (end * kMaxTies + depth) * out->block_stride, z, n_);
+      copy(out->block + (end * kMaxTies + depth) * out->block_stride, x, n_);
+      copy(out->state + (2 * end + depth) * out->block_stride, z, n_);
     }
   }
 
@@ -211,33 +212,27 @@ int64_t pass_workspace(const SpectralMatrix& matrix) {
   return both > one ? both : one;
 }
 
-bool warm_extremes(const SpectralMatrix& matrix, const SpectralOptions& options, const double* warm,
-                   int64_t warm_stride, double* workspace, SpectralResult* result) {
+bool solve_by_passes(const SpectralMatrix& matrix, const SpectralOptions& options,
+                     const double* warm, int64_t warm_stride, double* workspace,
+                     SpectralResult* result) {
   // Removed lines of the small side, or a structural null space, are the factorisations'.
   const int64_t n = small_side(matrix);
   const bool whole = small_kept(matrix) == nullptr && matrix.structural_rank == n;
-  if (n < kLeastSide || !(whole || options.largest_only)) return false;
+  const bool starts = warm != nullptr && n >= kLeastSide && !options.power && !options.certify;
   bool found = false;
   dispatch_dtype(matrix.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    Pieces pieces(workspace);
-    if (options.largest_only) {
-      found = WarmExtremes<T, 1>(matrix, options, &pieces).run(warm, warm_stride, result);
-    } else {
-      found = WarmExtremes<T, 2>(matrix, options, &pieces).run(warm, warm_stride, result);
+    const auto run = [&](auto* solver) {
+      using Solver = std::remove_pointer_t<decltype(solver)>;
+      Pieces pieces(workspace);
+      found = Solver(matrix, options, &pieces).run(warm, warm_stride, result);
+    };
+    if (!options.largest_only) {
+      if (starts && whole) run(static_cast<WarmExtremes<T, 2>*>(nullptr));
+      return;
     }
-  });
-  return found;
-}
-
-bool largest_by_passes(const SpectralMatrix& matrix, const SpectralOptions& options,
-                       const double* warm, int64_t warm_stride, double* workspace,
-                       SpectralResult* result) {
-  bool found = false;
-  dispatch_dtype(matrix.dtype, [&](auto* tag) {
-    Pieces pieces(workspace);
-    found = LargestByPasses<std::remove_pointer_t<decltype(tag)>>(matrix, options, &pieces)
-                .run(warm, warm_stride, result);
+    if (starts) run(static_cast<WarmExtremes<T, 1>*>(nullptr));
+    if (!found) run(static_cast<LargestByPasses<T>*>(nullptr));
   });
   return found;
 }

@@ -215,6 +215,7 @@ def _(
         empty(2, rows),
         empty(2, cols),
         empty(2 * MAX_TIES, smaller),
+        empty(4, smaller),
         empty(count, dtype=torch.int64),
         empty(count, 2),
         empty(count, dtype=torch.int64),
@@ -270,7 +271,7 @@ class ExtremeSingularValuesFunction(torch.autograd.Function):
         ctx.settings, ctx.backend, ctx.count, _, *tensors = inputs
         sigma, left, right, block, *rest = output
         ctx.tensors = len(tensors)
-        ctx.save_for_backward(*tensors[: 3 * ctx.count], sigma, left, right, block, rest[3])
+        ctx.save_for_backward(*tensors[: 3 * ctx.count], sigma, left, right, block, rest[4])
         ctx.mark_non_differentiable(left, right, block, *rest)
 
     @staticmethod
