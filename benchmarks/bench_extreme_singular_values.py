@@ -114,7 +114,9 @@ def _moving(case: Case, walk: Walk, call: Call, remembers: bool = False) -> Call
     return Stepped(call, walk.step)
 
 
-def _ours(method: Any, case: Case, weights: list[Tensor], patterns: Any, walk: Walk) -> Call | Timed:
+def _ours(
+    method: Any, case: Case, weights: list[Tensor], patterns: Any, walk: Walk
+) -> Call | Timed:
     if case.mode == "spectral_norm":
         return _parametrized(parametrizations.spectral_norm, case, weights, patterns, walk)
     inputs = weights if "backward" in case.mode else [w.detach() for w in weights]

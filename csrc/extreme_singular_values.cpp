@@ -89,8 +89,8 @@ void keep_live(const Tensor& structure, bool structural, Job* job) {
   a.structural_rank = std::min(most, std::max<int64_t>(flags[0], most > 0));
 }
 
-// What the list's matrices have beside their values: each list empty, or one tensor per matrix, empty
-// where it has no pattern. The compressed rows are optional.
+// What the list's matrices have beside their values: each list empty, or one tensor per matrix,
+// empty where it has no pattern. The compressed rows are optional.
 struct Patterns {
   Tensors masks, structures, row_pointers, columns;
 };
@@ -221,8 +221,8 @@ T* data(Tensor& tensor) {
 }
 
 // (2, L) sigma, (2, rows) left, (2, cols) right, (2 * kMaxTies, smaller) block, (4, smaller) state,
-// (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds, the vectors of all matrices
-// side by side.
+// (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds, the vectors of all
+// matrices side by side.
 using Outputs =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -231,7 +231,7 @@ Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors str
                                     std::optional<Tensor> state, bool structural, double tie_tol,
                                     bool power, bool certify, bool largest_only) {
   Packing packing;
-  const std::vector<Job> jobs = 
+  const std::vector<Job> jobs =
       make_jobs(matrices, {masks, structures, row_pointers, columns}, structural, &packing);
   const int64_t count = static_cast<int64_t>(jobs.size());
   const double* warm = nullptr;

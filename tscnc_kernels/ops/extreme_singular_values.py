@@ -41,9 +41,11 @@ from tscnc_kernels._spectral import (
     MAX_TIES,
     ExtremeSingularValues,
     Raw,
+    RawLists,
     check_state,
     index_of,
     pack_reference,
+    split_lists,
     unpack,
     without_smallest,
 )
@@ -65,16 +67,6 @@ class _Settings(NamedTuple):
     power: bool
     certify: bool
     largest_only: bool
-
-
-class _Lists(NamedTuple):
-    """The raw op's lists, one tensor per matrix each; all but `matrices` empty without patterns."""
-
-    matrices: list[Tensor]
-    masks: list[Tensor]
-    structures: list[Tensor]
-    row_pointers: list[Tensor]
-    columns: list[Tensor]
 
 
 def _check(
@@ -258,7 +250,7 @@ for _name in ("extreme_singular_values", "extreme_singular_values_backward"):
     register_loop_vmap(_name, getattr(_native, _name))
 
 
-def _run(lists: _Lists, state: Tensor | None, settings: _Settings, backend: str) -> Raw:
+def _run(lists: RawLists, state: Tensor | None, settings: _Settings, backend: str) -> Raw:
     if backend == "native":
         raw: Raw = _native.extreme_singular_values(*lists, state, *settings)
         return raw
@@ -279,7 +271,7 @@ class ExtremeSingularValuesFunction(torch.autograd.Function):
     def forward(
         settings: _Settings, backend: str, count: int, state: Tensor | None, *tensors: Tensor
     ) -> Raw:
-        return _run(_split(tensors, count), state, settings, backend)
+        return _run(split_lists(tensors, count), state, settings, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -292,7 +284,7 @@ class ExtremeSingularValuesFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sigma, *_):  # type: ignore[no-untyped-def]
         inputs, forward = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
-        matrices, masks, structures, *_ = _split(inputs, ctx.count)
+        matrices, masks, structures = split_lists(inputs, ctx.count)[:3]
         if ctx.backend == "reference" or torch.is_grad_enabled():
             structural, tie_tol, *_ = ctx.settings
             gradients = reference_backward(
@@ -303,11 +295,6 @@ class ExtremeSingularValuesFunction(torch.autograd.Function):
                 grad_sigma.contiguous(), matrices, masks, *forward
             )
         return None, None, None, None, *gradients, *([None] * (ctx.tensors - ctx.count))
-
-
-def _split(tensors: Sequence[Tensor], count: int) -> _Lists:
-    """The lists, which travel through autograd side by side."""
-    return _Lists(*(list(tensors[first : first + count]) for first in range(0, 5 * count, count)))
 
 
 def extreme_singular_values(
@@ -386,10 +373,10 @@ def extreme_singular_values(
     _check(matrices, patterns, state, rank, tie_tol, method, ends, certify)
     chosen = _backend.select("extreme_singular_values", matrices[0].device, backend)
     dense = [matrix.contiguous() for matrix in matrices]
-    lists = _Lists(dense, [], [], [], [])
+    lists = RawLists(dense, [], [], [], [])
     if patterns is not None:
         found = [index_of(p, w) for p, w in zip(patterns, dense, strict=True)]
-        lists = _Lists(dense, *(list(column) for column in zip(*found, strict=True)))
+        lists = RawLists(dense, *map(list, zip(*found, strict=True)))
     largest_only = ends == "max"
     settings = _Settings(
         rank == "structural", float(tie_tol), method == "power", bool(certify), largest_only

@@ -24,8 +24,9 @@ def spectral_norm(
 
     Drop-in for torch.nn.utils.parametrizations.spectral_norm, on `extreme_singular_values` with
     ends="max" and a warm start: σ_max is exact to 1e-3 from the first call on, where one power step
-    is short by percents, and after small steps of the weight costs one to three reads of it. The weight is seen as the matrix (shape[dim], rest), which for a convolution is not
-    its operator (see `conv_singular_values`). Pruned entries stay zero and get no gradient.
+    is short by percents, and after a small step of the weight costs one to three reads of it. The
+    weight is seen as the matrix (shape[dim], rest), which for a convolution is not its operator
+    (see `conv_singular_values`). Pruned entries stay zero and get no gradient.
 
     Args:
         module: the module; it is changed in place.
