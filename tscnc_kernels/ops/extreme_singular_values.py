@@ -33,10 +33,10 @@ from tscnc_kernels._spectral import (
     ExtremeSingularValues,
     Raw,
     check_state,
-    mask_of,
+    index_of,
     pack_reference,
-    structure_of,
     unpack,
+    without_smallest,
 )
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels.sparsity import SparsityPattern
@@ -55,6 +55,17 @@ class _Settings(NamedTuple):
     tie_tol: float
     power: bool
     certify: bool
+    largest_only: bool
+
+
+class _Lists(NamedTuple):
+    """The raw op's lists, one tensor per matrix each; all but `matrices` empty without patterns."""
+
+    matrices: list[Tensor]
+    masks: list[Tensor]
+    structures: list[Tensor]
+    row_pointers: list[Tensor]
+    columns: list[Tensor]
 
 
 def _check(
@@ -183,11 +194,14 @@ def _(
     matrices: list[Tensor],
     masks: list[Tensor],
     structures: list[Tensor],
+    row_pointers: list[Tensor],
+    columns: list[Tensor],
     state: Tensor | None,
     structural: bool,
     tie_tol: float,
     power: bool,
     certify: bool,
+    largest_only: bool,
 ) -> Raw:
     count = len(matrices)
     rows, cols = (sum(matrix.shape[side] for matrix in matrices) for side in (0, 1))
@@ -201,6 +215,7 @@ def _(
         empty(2, rows),
         empty(2, cols),
         empty(2 * MAX_TIES, smaller),
+        empty(4, smaller),
         empty(count, dtype=torch.int64),
         empty(count, 2),
         empty(count, dtype=torch.int64),
@@ -228,21 +243,16 @@ for _name in ("extreme_singular_values", "extreme_singular_values_backward"):
     register_loop_vmap(_name, getattr(_native, _name))
 
 
-def _run(
-    matrices: list[Tensor],
-    masks: list[Tensor],
-    structures: list[Tensor],
-    state: Tensor | None,
-    settings: _Settings,
-    backend: str,
-) -> Raw:
+def _run(lists: _Lists, state: Tensor | None, settings: _Settings, backend: str) -> Raw:
     if backend == "native":
-        raw: Raw = _native.extreme_singular_values(matrices, masks, structures, state, *settings)
+        raw: Raw = _native.extreme_singular_values(*lists, state, *settings)
         return raw
+    matrices, masks, structures = lists[:3]
     masked = [_masked(index, matrices, masks) for index in range(len(matrices))]
     lasts = [_last(i, w, structures, settings.structural) for i, w in enumerate(masked)]
     sigma = reference(matrices, masks, structures, settings.structural)
-    return pack_reference(masked, sigma, lasts, settings.tie_tol, settings.certify)
+    packed = pack_reference(masked, sigma, lasts, settings.tie_tol, settings.certify)
+    return without_smallest(packed) if settings.largest_only else packed
 
 
 class ExtremeSingularValuesFunction(torch.autograd.Function):
@@ -254,21 +264,20 @@ class ExtremeSingularValuesFunction(torch.autograd.Function):
     def forward(
         settings: _Settings, backend: str, count: int, state: Tensor | None, *tensors: Tensor
     ) -> Raw:
-        matrices, masks, structures = _thirds(tensors, count)
-        return _run(matrices, masks, structures, state, settings, backend)
+        return _run(_split(tensors, count), state, settings, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         ctx.settings, ctx.backend, ctx.count, _, *tensors = inputs
         sigma, left, right, block, *rest = output
         ctx.tensors = len(tensors)
-        ctx.save_for_backward(*tensors, sigma, left, right, block, rest[3])
+        ctx.save_for_backward(*tensors[: 3 * ctx.count], sigma, left, right, block, rest[4])
         ctx.mark_non_differentiable(left, right, block, *rest)
 
     @staticmethod
     def backward(ctx, grad_sigma, *_):  # type: ignore[no-untyped-def]
-        tensors, forward = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
-        matrices, masks, structures = _thirds(tensors, ctx.count)
+        inputs, forward = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
+        matrices, masks, structures, *_ = _split(inputs, ctx.count)
         if ctx.backend == "reference" or torch.is_grad_enabled():
             structural, tie_tol, *_ = ctx.settings
             gradients = reference_backward(
@@ -281,12 +290,9 @@ class ExtremeSingularValuesFunction(torch.autograd.Function):
         return None, None, None, None, *gradients, *([None] * (ctx.tensors - ctx.count))
 
 
-def _thirds(
-    tensors: Sequence[Tensor], count: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Matrices, masks and structures, which travel through autograd side by side."""
-    parts = list(tensors)
-    return parts[:count], parts[count : 2 * count], parts[2 * count :]
+def _split(tensors: Sequence[Tensor], count: int) -> _Lists:
+    """The lists, which travel through autograd side by side."""
+    return _Lists(*(list(tensors[first : first + count]) for first in range(0, 5 * count, count)))
 
 
 def extreme_singular_values(
@@ -298,6 +304,7 @@ def extreme_singular_values(
     tie_tol: float = 1e-4,
     method: Literal["auto", "power"] = "auto",
     certify: bool = False,
+    ends: Literal["both", "max"] = "both",
     backend: str | None = None,
 ) -> ExtremeSingularValues:
     """Largest and smallest singular value, with their vectors, of every matrix of a list.
@@ -353,20 +360,26 @@ def extreme_singular_values(
     threads.
     """
     _check(matrices, patterns, state, rank, tie_tol, method)
+    if ends not in ("both", "max"):
+        raise ValueError(f'expected ends to be "both" or "max", got {ends!r}')
+    if certify and ends == "max":
+        raise ValueError('certify=True bounds both ends: got ends="max"')
     chosen = _backend.select("extreme_singular_values", matrices[0].device, backend)
     dense = [matrix.contiguous() for matrix in matrices]
-    masks: list[Tensor] = []
-    structures: list[Tensor] = []
+    lists = _Lists(dense, [], [], [], [])
     if patterns is not None:
-        masks = [mask_of(p, w) for p, w in zip(patterns, dense, strict=True)]
-        pairs = zip(patterns, masks, strict=True)
-        structures = [structure_of(pattern, mask) for pattern, mask in pairs]
-    settings = _Settings(rank == "structural", float(tie_tol), method == "power", bool(certify))
+        found = [index_of(p, w) for p, w in zip(patterns, dense, strict=True)]
+        lists = _Lists(dense, *(list(column) for column in zip(*found, strict=True)))
+    largest_only = ends == "max"
+    settings = _Settings(
+        rank == "structural", float(tie_tol), method == "power", bool(certify), largest_only
+    )
     start = None if state is None else state.detach().contiguous()
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in dense):
+        tensors = [tensor for column in lists for tensor in column]
         raw = ExtremeSingularValuesFunction.apply(  # type: ignore[no-untyped-call]
-            settings, chosen, len(dense), start, *dense, *masks, *structures
+            settings, chosen, len(dense), start, *tensors
         )
     else:
-        raw = _run(dense, masks, structures, start, settings, chosen)
-    return unpack(raw, dense)
+        raw = _run(lists, start, settings, chosen)
+    return unpack(raw, dense, largest_only)
