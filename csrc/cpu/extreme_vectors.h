@@ -70,8 +70,8 @@ class ExtremeVectors {
     const bool steep = static_cast<double>(a.m) >= kSingleAspect * static_cast<double>(a.n);
     single_ = source_.dtype != DType::float64 && steep && a.n >= kLeastSingle &&
               a.n <= kSingleSize && may_go_direct();
-    if (single_ && !a.sparse && !options_.certify) {
-      gram<float>(a, work.gram, work.ld, work.panel, work.packed);
+    if (single_ && !options_.certify) {
+      gram<float>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
       // What the squares of fp32 cannot hold goes through fp64.
       rounded_ = find_trace() > 1e-20 && trace < 1e30;
     }
@@ -120,7 +120,7 @@ class ExtremeVectors {
 
   void load_exactly() {
     rounded_ = false;
-    gram<double>(a, work.gram, work.ld, work.panel, work.packed);
+    gram<double>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
     find_trace();
   }
 

@@ -69,8 +69,8 @@ struct ForwardWorkspace {
 };
 
 struct BackwardWorkspace {
-  int64_t ld, long_stride;
-  double *x, *z, *panel, *partners, *row;
+  int64_t ld, long_stride, right_stride;
+  double *x, *z, *panel, *partners, *rights;
   int64_t size;
 
   BackwardWorkspace(const SpectralMatrix& a, double* base) {
@@ -81,7 +81,8 @@ struct BackwardWorkspace {
     z = pieces.take(4 * ld);
     panel = pieces.take(kColumns * ld);
     partners = pieces.take((2 * kMaxTies + 4) * long_stride);
-    row = pieces.take(a.cols + 16);
+    right_stride = (a.cols + 63) / 64 * 64;
+    rights = pieces.take(2 * kMaxTies * right_stride);
     size = pieces.size();
   }
 };

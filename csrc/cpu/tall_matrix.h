@@ -124,6 +124,12 @@ inline void load_rows(const TallMatrix& a, int64_t first, int64_t count, double*
 template <class Visit>
 inline void for_each_kept(const SpectralMatrix& a, const Visit& visit) {
   for (int64_t row = 0; row < a.rows; ++row) {
+    if (a.row_begin != nullptr) {
+      for (int64_t e = a.row_begin[row]; e < a.row_begin[row + 1]; ++e) {
+        visit(row, static_cast<int64_t>(a.entry_column[e]));
+      }
+      continue;
+    }
     const bool* mask = a.mask + row * a.cols;
     int64_t col = 0;
     for (; col + 8 <= a.cols; col += 8) {
@@ -181,22 +187,42 @@ inline bool packs_transposed(const TallMatrix& a) {
          (source.dtype == DType::float32 || source.dtype == DType::float64);
 }
 
-inline void sparse_gram(const TallMatrix& a, double* g, int64_t ld) {
+// Two rows of g share each pass over a row's entries; the one element below the diagonal that this
+// touches is scratch.
+template <class T>
+inline void sparse_gram(const TallMatrix& a, T* g, int64_t ld) {
+  const int32_t* column = a.rows.column;
+  const double* value = a.rows.value;
   for (int64_t row = 0; row < a.m; ++row) {
     const int64_t end = a.rows.begin[row + 1];
-    for (int64_t e = a.rows.begin[row]; e < end; ++e) {
-      double* target = g + a.rows.column[e] * ld;
-      const double value = a.rows.value[e];
-      for (int64_t f = e; f < end; ++f) target[a.rows.column[f]] += value * a.rows.value[f];
+    for (int64_t e = a.rows.begin[row]; e < end; e += 2) {
+      const bool pair = e + 1 < end;
+      T *upper = g + column[e] * ld, *lower = pair ? g + column[e + 1] * ld : upper;
+      const T first = static_cast<T>(value[e]);
+      const T second = pair ? static_cast<T>(value[e + 1]) : 0;
+      for (int64_t f = e; f < end; ++f) {
+        const T other = static_cast<T>(value[f]);
+        upper[column[f]] += first * other;
+        lower[column[f]] += second * other;
+      }
     }
   }
 }
 
-// Upper triangle of A'A, the products of up to kUpdateDepth rows summed in T. panel:
-// kUpdateDepth<double> * ld, packed: packed_size(n).
+// Upper triangle of A'A, the products of up to kUpdateDepth rows, or all of a sparse matrix, summed
+// in T. panel: kUpdateDepth<double> * ld, packed: packed_size(n), scratch: symmetric_size(n).
 template <class T>
-inline void gram(const TallMatrix& a, double* g, int64_t ld, double* panel, double* packed) {
-  std::memset(g, 0, static_cast<size_t>(symmetric_size(a.n)) * sizeof(double));
+inline void gram(const TallMatrix& a, double* g, int64_t ld, double* panel, double* packed,
+                 double* scratch) {
+  const int64_t size = symmetric_size(a.n);
+  if (a.sparse && !std::is_same_v<T, double>) {
+    T* sums = reinterpret_cast<T*>(scratch);
+    std::memset(sums, 0, static_cast<size_t>(size) * sizeof(T));
+    sparse_gram(a, sums, ld);
+    for (int64_t i = 0; i < size; ++i) g[i] = static_cast<double>(sums[i]);
+    return;
+  }
+  std::memset(g, 0, static_cast<size_t>(size) * sizeof(double));
   if (a.sparse) return sparse_gram(a, g, ld);
   const bool direct = packs_transposed(a);
   const int64_t depth = direct ? kUpdateDepth<T> : kUpdateDepth<double>;
