@@ -74,6 +74,22 @@ class PatternIndex(NamedTuple):
     columns: Tensor
 
 
+class RawLists(NamedTuple):
+    """The raw op's lists, one tensor per matrix each; all but `matrices` empty without patterns."""
+
+    matrices: list[Tensor]
+    masks: list[Tensor]
+    structures: list[Tensor]
+    row_pointers: list[Tensor]
+    columns: list[Tensor]
+
+
+def split_lists(tensors: Sequence[Tensor], count: int) -> RawLists:
+    """The lists of a call on `count` matrices, which travel through autograd side by side."""
+    starts = range(0, 5 * count, count)
+    return RawLists(*(list(tensors[first : first + count]) for first in starts))
+
+
 _indices: WeakKeyDictionary[SparsityPattern, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
 

@@ -48,12 +48,12 @@ struct SpectralResult {
   double sigma[2];  // largest, smallest
   int64_t rank, flags;
   double residual[2];
-  double bounds[6];  // lower and upper of sigma_max, sigma_min, kappa
-  int64_t ties[2];   // tied vectors per end, at least 1
-  double* left[2];   // (rows)
-  double* right[2];  // (cols)
-  double* block;     // (2 * kMaxTies, min(rows, cols)) tied vectors of the smaller side
-  double* state;     // (4, min(rows, cols)), two vectors per end to start the next call from
+  double bounds[6];      // lower and upper of sigma_max, sigma_min, kappa
+  int64_t ties[2];       // tied vectors per end, at least 1
+  double* left[2];       // (rows)
+  double* right[2];      // (cols)
+  double* block;         // (2 * kMaxTies, min(rows, cols)) tied vectors of the smaller side
+  double* state;         // (4, min(rows, cols)), two vectors per end to start the next call from
   int64_t block_stride;  // of both
 };
 

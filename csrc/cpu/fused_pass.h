@@ -1,10 +1,10 @@
 // y := A x and z := A'y for a few vectors in one read of the stored matrix, the only thing that a
-// warm start has to pay for. Half types and fp32 are multiplied in fp32 lanes, fp64 in fp64; what is
-// summed over many rows is fp64.
+// warm start has to pay for. Half types and fp32 are multiplied in fp32 lanes, fp64 in fp64; what
+// is summed over many rows is fp64.
 //
 // Storage of the tall orientation is read row by row: a row gives its products with x and is then
-// added to z. Wide storage is read in panels of columns that stay in the second-level cache between
-// their two uses. Under a pattern of few entries both walk the compressed rows.
+// added to z. Wide storage is read in panels of columns that stay in a cache between their two
+// uses. Under a pattern of few entries both walk the compressed rows.
 #pragma once
 
 #include "tall_matrix.h"
@@ -13,15 +13,16 @@ namespace tscnc::TSCNC_ISA {
 
 // Rows whose products are summed in the lanes' own type.
 constexpr int64_t kLaneRows = 256;
-// A panel of wide storage, which has to stay in the second-level cache.
-constexpr int64_t kPanelBytes = 384 << 10;
-constexpr int64_t kLeastPanel = 32, kMostPanel = 512;
+// Panels of wide storage. Read where they lie, long runs of a row matter more than that the second
+// use finds all of it in the second-level cache; copied ones have to stay there.
+constexpr int64_t kPanelBytes = 2 << 20, kStagedBytes = 384 << 10;
+constexpr int64_t kLeastPanel = 32, kMostPanel = 2048;
 
 // Lane vectors are read whole: length with zeros behind the last element.
 inline int64_t lane_length(int64_t n) { return (n + 15) / 16 * 16; }
 
-inline int64_t panel_width(int64_t n, int64_t element) {
-  const int64_t fitting = kPanelBytes / (n * element) / 16 * 16;
+inline int64_t panel_width(int64_t bytes, int64_t n, int64_t element) {
+  const int64_t fitting = bytes / (n * element) / 16 * 16;
   return fitting < kLeastPanel ? kLeastPanel : fitting > kMostPanel ? kMostPanel : fitting;
 }
 
@@ -87,7 +88,7 @@ class FusedPass {
     const bool wide = a.rows < a.cols;
     const int64_t n = wide ? a.rows : a.cols;
     const int64_t staged =
-        wide ? n * (panel_width(n, sizeof(L)) + 16) : kRows * lane_length(a.cols);
+        wide ? n * (panel_width(kStagedBytes, n, sizeof(L)) + 16) : kRows * lane_length(a.cols);
     return staged + V * lane_length(n) + V * lane_length(a.cols);
   }
 
@@ -97,8 +98,7 @@ class FusedPass {
     partial_ = scratch;
     spread_ = partial_ + V * lane_length(n_);
     staged_ = spread_ + V * lane_length(a.cols);
-    aliases_ = wide_ && n_ >= 256 && a.cols * sizeof(T) % 4096 == 0;
-    direct_ = std::is_same_v<T, L> && a.mask == nullptr && a.cols % kLanes<L> == 0 && !aliases_;
+    direct_ = std::is_same_v<T, L> && a.mask == nullptr && a.cols % kLanes<L> == 0;
   }
 
   // x: V rows of stride lane_length(n), zero behind n. y: V rows of stride y_stride =
@@ -107,8 +107,9 @@ class FusedPass {
     for (int v = 0; v < V; ++v) {
       for (int64_t j = 0; j < z_stride; ++j) z[v * z_stride + j] = 0;
     }
-    if (entries_ != nullptr) return wide_ ? sparse_wide(x, y, y_stride, z, z_stride)
-                                          : sparse_tall(x, y, y_stride, z, z_stride);
+    if (entries_ != nullptr)
+      return wide_ ? sparse_wide(x, y, y_stride, z, z_stride)
+                   : sparse_tall(x, y, y_stride, z, z_stride);
     wide_ ? dense_wide(x, y, y_stride, z, z_stride) : dense_tall(x, y, y_stride, z, z_stride);
   }
 
@@ -185,7 +186,7 @@ class FusedPass {
   }
 
   void dense_wide(const L* x, L* y, int64_t y_stride, double* z, int64_t z_stride) const {
-    const int64_t width = panel_width(n_, sizeof(L));
+    const int64_t width = panel_width(direct_ ? kPanelBytes : kStagedBytes, n_, sizeof(L));
     std::memset(y, 0, static_cast<size_t>(V * y_stride) * sizeof(L));
     for (int64_t first = 0; first < a_.cols; first += width) {
       const int64_t some = a_.cols - first < width ? a_.cols - first : width;
@@ -207,20 +208,12 @@ class FusedPass {
         panel_down<1>(w + i * stride, stride, i, x, count, y + first, y_stride);
       }
       for (i = 0; i + kRows <= n_; i += kRows) {
-        for (int r = 0; r < kRows && !aliases_; ++r) fetch_ahead(i + r, first + width, width);
         panel_up<kRows>(w + i * stride, stride, i, y + first, y_stride, count, z, z_stride);
       }
       for (; i < n_; ++i) {
         panel_up<1>(w + i * stride, stride, i, y + first, y_stride, count, z, z_stride);
       }
     }
-  }
-
-  // The next panel's part of one row, into the second-level cache.
-  void fetch_ahead(int64_t i, int64_t first, int64_t width) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t last = first + width < a_.cols ? first + width : a_.cols;
-    for (int64_t j = first; j < last; j += kLine) __builtin_prefetch(row(i) + j, 0, 2);
   }
 
   // V lanes side by side at every index.
@@ -298,7 +291,6 @@ class FusedPass {
   const SpectralMatrix& a_;
   const KeptEntry<L>* entries_;
   bool wide_, direct_;
-  bool aliases_;  // the rows of a panel would share a few cache sets
   int64_t n_;
   L *partial_, *spread_, *staged_;
 };

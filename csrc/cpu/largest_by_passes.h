@@ -46,7 +46,8 @@ class LargestByPasses {
     for (int64_t i = 0; i < count; ++i) {
       copy(out->block + i * out->block_stride, block_ + i * ld_, n_);
     }
-    for (int64_t i = 0; i < two; ++i) copy(out->state + i * out->block_stride, block_ + i * ld_, n_);
+    for (int64_t i = 0; i < two; ++i)
+      copy(out->state + i * out->block_stride, block_ + i * ld_, n_);
     return true;
   }
 
@@ -82,8 +83,10 @@ class LargestByPasses {
   KrylovResult solve() {
     const bool fp64 = sizeof(L) == sizeof(double);
     const double close = 1 + options_.tie_tolerance;
-    const KrylovOptions options = {fp64 ? 1e-21 : n_ <= 64 ? 1e-10 : 1e-6, 1 - 1 / (close * close),
-                                   kMostPasses};
+    const KrylovOptions options = {fp64       ? 1e-21
+                                   : n_ <= 64 ? 1e-10
+                                              : 1e-6,
+                                   1 - 1 / (close * close), kMostPasses};
     const auto operate = [&](double* w0, double* w1) {
       apply(w0, w1);
       copy(w0, z_, ld_);

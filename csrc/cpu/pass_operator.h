@@ -16,10 +16,14 @@ inline int64_t long_side(const SpectralMatrix& a) { return a.rows < a.cols ? a.c
 inline const int64_t* small_kept(const SpectralMatrix& a) {
   return a.rows < a.cols ? a.kept_rows : a.kept_cols;
 }
+inline int64_t small_kept_count(const SpectralMatrix& a) {
+  return a.rows < a.cols ? a.kept_row_count : a.kept_col_count;
+}
+
 inline bool reads_entries(const SpectralMatrix& a) {
-  return a.row_begin != nullptr && static_cast<double>(a.nnz) <
-                                       kEntryDensity * static_cast<double>(a.rows) *
-                                           static_cast<double>(a.cols);
+  return a.row_begin != nullptr && static_cast<double>(a.nnz) < kEntryDensity *
+                                                                    static_cast<double>(a.rows) *
+                                                                    static_cast<double>(a.cols);
 }
 
 // Room for `count` values of type L in a buffer of doubles.
@@ -35,7 +39,10 @@ class PassOperator {
   using L = Compute<T>;
 
   PassOperator(const SpectralMatrix& a, Pieces* pieces)
-      : n(small_side(a)), m(long_side(a)), ld(lane_length(n)), long_ld(lane_length(m)),
+      : n(small_side(a)),
+        m(long_side(a)),
+        ld(lane_length(n)),
+        long_ld(lane_length(m)),
         x_(take_lanes<L>(pieces, V * ld)),
         entries_(reads_entries(a) ? take_lanes<KeptEntry<L>>(pieces, a.nnz) : nullptr),
         pass_(a, entries_, take_lanes<L>(pieces, FusedPass<T, V>::scratch_size(a))) {}
@@ -80,8 +87,8 @@ inline void clear_result(const SpectralMatrix& a, SpectralResult* out) {
   out->rank = a.want_full_rank ? small_side(a) : a.structural_rank;
 }
 
-// sigma, u and v of one end: v on the small side, u as the weighted sum of its images, which becomes
-// a vector of length 1. residual: |A'A v - sigma^2 v|.
+// sigma, u and v of one end: v on the small side, u as the weighted sum of its images, which
+// becomes a vector of length 1. residual: |A'A v - sigma^2 v|.
 template <class L>
 inline void write_pair(const SpectralMatrix& a, int end, const double* v, const L* images,
                        int64_t long_ld, const double* weights, int64_t count, double residual,
