@@ -115,6 +115,17 @@ class Timed:
     outputs: Callable[[Any], Outputs]
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """A call with something to do before it, outside of the timing: a step of the weights, say."""
+
+    call: Call
+    before: Callable[[], None]
+
+    def __call__(self) -> Any:
+        return self.call()
+
+
 def time_interleaved(
     calls: Mapping[str, Sequence[Call]], rounds: Rounds, device: torch.device, threads: int
 ) -> dict[str, list[float]]:
@@ -306,12 +317,28 @@ def _warm_seconds(copies: Sequence[Call], device: torch.device, now: Clock) -> f
 
 
 def _sample(copies: Sequence[Call], repeats: int, device: torch.device, now: Clock) -> float:
+    if isinstance(copies[0], Stepped):
+        return _sample_steps(copies, repeats, device, now)
     machine.synchronize(device)
     start = now()
     for index in range(repeats):
         copies[index % len(copies)]()
     machine.synchronize(device)
     return (now() - start) / repeats
+
+
+def _sample_steps(copies: Sequence[Call], repeats: int, device: torch.device, now: Clock) -> float:
+    seconds = 0.0
+    for index in range(repeats):
+        copy = copies[index % len(copies)]
+        if isinstance(copy, Stepped):
+            copy.before()
+        machine.synchronize(device)
+        start = now()
+        copy()
+        machine.synchronize(device)
+        seconds += now() - start
+    return seconds / repeats
 
 
 def _row(

@@ -8,13 +8,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/warm_extremes.h"
 #include "dtype_dispatch.h"
+#include "scratch.h"
+#include "sparse_index.h"
 
 namespace tscnc {
 namespace {
@@ -36,9 +40,21 @@ struct Packing {
   int64_t rows = 0, cols = 0, smaller = 0;
 };
 
+// Sums bytes eight at a time: 128 words of ones do not overflow theirs.
 int64_t count_true(const bool* mask, int64_t count) {
-  int64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += mask[i];
+  constexpr int64_t kWords = 128, kBytes = 8 * kWords;
+  int64_t sum = 0, i = 0;
+  for (; i + kBytes <= count; i += kBytes) {
+    uint64_t total = 0;
+    for (int64_t w = 0; w < kWords; ++w) {
+      uint64_t word;
+      std::memcpy(&word, mask + i + 8 * w, sizeof(word));
+      total += word;
+    }
+    const uint64_t pairs = (total & 0x00ff00ff00ff00ffu) + ((total >> 8) & 0x00ff00ff00ff00ffu);
+    sum += static_cast<int64_t>((pairs * 0x0001000100010001u) >> 48);
+  }
+  for (; i < count; ++i) sum += mask[i];
   return sum;
 }
 
@@ -73,14 +89,44 @@ void keep_live(const Tensor& structure, bool structural, Job* job) {
   a.structural_rank = std::min(most, std::max<int64_t>(flags[0], most > 0));
 }
 
-// masks and structures: empty, or one per matrix with an empty tensor where it has no pattern. The
-// jobs point into themselves and must not be moved afterwards.
-std::vector<Job> make_jobs(const Tensors& matrices, const Tensors& masks, const Tensors& structures,
-                           bool structural, Packing* packing) {
+// What the list's matrices have beside their values: each list empty, or one tensor per matrix,
+// empty where it has no pattern. The compressed rows are optional.
+struct Patterns {
+  Tensors masks, structures, row_pointers, columns;
+};
+
+// The compressed rows, if given.
+bool take_rows(const Patterns& patterns, size_t i, SpectralMatrix* a) {
+  const Tensor &pointers = patterns.row_pointers[i], &columns = patterns.columns[i];
+  if (pointers.numel() == 0) return false;
+  STD_TORCH_CHECK(pointers.numel() == a->rows + 1, kOp, ": expected ", a->rows + 1,
+                  " row pointers, got ", pointers.numel());
+  a->nnz = columns.numel();
+  a->row_begin = pointer_data(kOp, pointers, a->nnz, "row_pointers");
+  a->entry_column = bounded_index(kOp, columns, a->nnz, a->cols, "columns");
+  return true;
+}
+
+// The factorisations walk the mask itself, in room for as many entries as the rows have.
+void check_masks(const std::vector<Job>& jobs, const std::vector<size_t>& some) {
+  for (const size_t i : some) {
+    const SpectralMatrix& a = jobs[i].matrix;
+    STD_TORCH_CHECK(a.row_begin == nullptr || count_true(a.mask, a.rows * a.cols) == a.nnz, kOp,
+                    ": expected the compressed rows of the mask");
+  }
+}
+
+// The jobs point into themselves and must not be moved afterwards.
+std::vector<Job> make_jobs(const Tensors& matrices, const Patterns& patterns, bool structural,
+                           Packing* packing) {
+  const Tensors &masks = patterns.masks, &structures = patterns.structures;
   STD_TORCH_CHECK(!matrices.empty(), kOp, ": expected at least one matrix, got an empty list");
   STD_TORCH_CHECK((masks.empty() || masks.size() == matrices.size()) &&
                       (structures.empty() || structures.size() == masks.size()),
                   kOp, ": expected one mask and one structure per matrix");
+  STD_TORCH_CHECK((patterns.columns.empty() || patterns.columns.size() == masks.size()) &&
+                      patterns.row_pointers.size() == patterns.columns.size(),
+                  kOp, ": expected the compressed rows of every mask");
   std::vector<Job> jobs(matrices.size());
   for (size_t i = 0; i < matrices.size(); ++i) {
     const Tensor& matrix = matrices[i];
@@ -98,7 +144,9 @@ std::vector<Job> make_jobs(const Tensors& matrices, const Tensors& masks, const 
     if (!masks.empty() && masks[i].numel() > 0) {
       check_same_shape(matrix, masks[i]);
       a.mask = static_cast<const bool*>(masks[i].const_data_ptr());
-      a.nnz = count_true(a.mask, a.rows * a.cols);
+      if (patterns.columns.empty() || !take_rows(patterns, i, &a)) {
+        a.nnz = count_true(a.mask, a.rows * a.cols);
+      }
       if (!structures.empty()) keep_live(structures[i], structural, &job);
     }
     job.row_offset = packing->rows;
@@ -116,17 +164,24 @@ double cost(const SpectralMatrix& a) {
   return static_cast<double>(a.mask ? a.nnz : a.rows * a.cols) * n + n * n * n;
 }
 
-// Runs the jobs longest first. Slot k starts with the k-th job and then takes the next one left, so
-// its workspace has to hold that job and the largest of those behind the first round, not the
-// largest of all.
+// Calls run(slot) for every slot of a thread.
 template <class Run>
-void run_jobs(const std::vector<Job>& jobs, const Run& run) {
+void run_slots(size_t slots, const Run& run) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(slots), 1, [&](int64_t first, int64_t last) {
+    for (int64_t slot = first; slot < last; ++slot) run(static_cast<size_t>(slot));
+  });
+}
+
+// Runs the given jobs longest first. Slot k starts with the k-th job and then takes the next one
+// left, so its workspace has to hold that job and the largest of those behind the first round, not
+// the largest of all.
+template <class Run>
+void run_jobs(const std::vector<Job>& jobs, std::vector<size_t> order, const Run& run) {
+  if (order.empty()) return;
   const auto workspace_size = TSCNC_SELECT(extreme_singular_values_workspace);
-  std::vector<size_t> order(jobs.size());
-  std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return cost(jobs[a].matrix) > cost(jobs[b].matrix); });
-  const size_t slots = std::min<size_t>(torch::stable::get_num_threads(), jobs.size());
+  const size_t slots = std::min<size_t>(torch::stable::get_num_threads(), order.size());
   int64_t largest_behind = 0;
   for (size_t at = slots; at < order.size(); ++at) {
     largest_behind = std::max(largest_behind, workspace_size(jobs[order[at]].matrix));
@@ -139,11 +194,34 @@ void run_jobs(const std::vector<Job>& jobs, const Run& run) {
   Tensor workspace = torch::stable::empty({begin.back()}, ScalarType::Double);
   double* base = static_cast<double*>(workspace.mutable_data_ptr());
   std::atomic<size_t> next{slots};
-  torch::stable::parallel_for(0, static_cast<int64_t>(slots), 1, [&](int64_t first, int64_t last) {
-    for (int64_t slot = first; slot < last; ++slot) {
-      for (size_t at = slot; at < order.size(); at = next++) run(order[at], base + begin[slot]);
+  run_slots(slots, [&](size_t slot) {
+    for (size_t at = slot; at < order.size(); at = next++) run(order[at], base + begin[slot]);
+  });
+}
+
+std::vector<size_t> all_of(const std::vector<Job>& jobs) {
+  std::vector<size_t> order(jobs.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  return order;
+}
+
+// Runs jobs that need little beside their matrices; returns those that `run` was not enough for.
+template <class Run>
+std::vector<size_t> run_passes(const std::vector<Job>& jobs, const Run& run) {
+  const auto workspace_size = TSCNC_SELECT(pass_workspace);
+  std::vector<char> done(jobs.size());
+  std::atomic<size_t> next{0};
+  run_slots(std::min<size_t>(torch::stable::get_num_threads(), jobs.size()), [&](size_t) {
+    for (size_t i = next++; i < jobs.size(); i = next++) {
+      double* workspace = thread_scratch().reserve<double>(workspace_size(jobs[i].matrix));
+      done[i] = run(i, workspace);
     }
   });
+  std::vector<size_t> left;
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    if (!done[i]) left.push_back(i);
+  }
+  return left;
 }
 
 Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
@@ -156,15 +234,19 @@ T* data(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// (2, L) sigma, (2, rows) left, (2, cols) right, (2 * kMaxTies, smaller) block, (L,) rank, (L, 2)
-// residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds, the vectors of all matrices side by side.
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// (2, L) sigma, (2, rows) left, (2, cols) right, (2 * kMaxTies, smaller) block, (4, smaller) state,
+// (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds, the vectors of all
+// matrices side by side.
+using Outputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors structures,
+                                    Tensors row_pointers, Tensors columns,
                                     std::optional<Tensor> state, bool structural, double tie_tol,
-                                    bool power, bool certify) {
+                                    bool power, bool certify, bool largest_only) {
   Packing packing;
-  const std::vector<Job> jobs = make_jobs(matrices, masks, structures, structural, &packing);
+  const std::vector<Job> jobs =
+      make_jobs(matrices, {masks, structures, row_pointers, columns}, structural, &packing);
   const int64_t count = static_cast<int64_t>(jobs.size());
   const double* warm = nullptr;
   if (state.has_value()) {
@@ -178,24 +260,26 @@ Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors str
   Tensor left = empty({2, packing.rows}, ScalarType::Double);
   Tensor right = empty({2, packing.cols}, ScalarType::Double);
   Tensor block = empty({2 * kMaxTies, packing.smaller}, ScalarType::Double);
+  Tensor next_state = empty({4, packing.smaller}, ScalarType::Double);
   Tensor rank = empty({count}, ScalarType::Long);
   Tensor residual = empty({count, 2}, ScalarType::Double);
   Tensor flags = empty({count}, ScalarType::Long);
   Tensor ties = empty({count, 2}, ScalarType::Long);
   Tensor bounds = empty({certify ? count : 0, 3, 2}, ScalarType::Double);
-  const SpectralOptions options = {tie_tol, power, certify};
-  const auto kernel = TSCNC_SELECT(extreme_singular_values);
-  run_jobs(jobs, [&](size_t i, double* workspace) {
-    const Job& job = jobs[i];
+  const SpectralOptions options = {tie_tol, power, certify, largest_only};
+  const auto result_of = [&](size_t i) {
     SpectralResult result = {};
     for (int end = 0; end < 2; ++end) {
-      result.left[end] = data<double>(left) + end * packing.rows + job.row_offset;
-      result.right[end] = data<double>(right) + end * packing.cols + job.col_offset;
+      result.left[end] = data<double>(left) + end * packing.rows + jobs[i].row_offset;
+      result.right[end] = data<double>(right) + end * packing.cols + jobs[i].col_offset;
     }
-    result.block = data<double>(block) + job.block_offset;
+    result.block = data<double>(block) + jobs[i].block_offset;
+    result.state = data<double>(next_state) + jobs[i].block_offset;
     result.block_stride = packing.smaller;
-    kernel(job.matrix, options, warm ? warm + job.block_offset : nullptr, packing.smaller,
-           workspace, &result);
+    return result;
+  };
+  const auto start_of = [&](size_t i) { return warm ? warm + jobs[i].block_offset : nullptr; };
+  const auto write = [&](size_t i, const SpectralResult& result) {
     data<int64_t>(rank)[i] = result.rank;
     data<int64_t>(flags)[i] = result.flags;
     for (int end = 0; end < 2; ++end) {
@@ -204,8 +288,26 @@ Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors str
       data<int64_t>(ties)[2 * i + end] = result.ties[end];
     }
     if (certify) std::copy_n(result.bounds, 6, data<double>(bounds) + 6 * i);
+  };
+  std::vector<size_t> left_over = all_of(jobs);
+  if (warm || largest_only) {
+    const auto passes = TSCNC_SELECT(solve_by_passes);
+    left_over = run_passes(jobs, [&](size_t i, double* workspace) {
+      SpectralResult result = result_of(i);
+      const bool solved =
+          passes(jobs[i].matrix, options, start_of(i), packing.smaller, workspace, &result);
+      if (solved) write(i, result);
+      return solved;
+    });
+  }
+  check_masks(jobs, left_over);
+  const auto factorisations = TSCNC_SELECT(extreme_singular_values);
+  run_jobs(jobs, std::move(left_over), [&](size_t i, double* workspace) {
+    SpectralResult result = result_of(i);
+    factorisations(jobs[i].matrix, options, start_of(i), packing.smaller, workspace, &result);
+    write(i, result);
   });
-  return {sigma, left, right, block, rank, residual, flags, ties, bounds};
+  return {sigma, left, right, block, next_state, rank, residual, flags, ties, bounds};
 }
 
 void check_numel(const Tensor& tensor, int64_t numel, ScalarType type) {
@@ -217,7 +319,7 @@ Tensors extreme_singular_values_backward_cpu(Tensor grad_sigma, Tensors matrices
                                              Tensor sigma, Tensor left, Tensor right, Tensor block,
                                              Tensor ties) {
   Packing packing;
-  const std::vector<Job> jobs = make_jobs(matrices, masks, {}, false, &packing);
+  const std::vector<Job> jobs = make_jobs(matrices, {masks, {}, {}, {}}, false, &packing);
   const int64_t count = static_cast<int64_t>(jobs.size());
   check_numel(grad_sigma, 2 * count, ScalarType::Double);
   check_numel(sigma, 2 * count, ScalarType::Double);
@@ -228,7 +330,7 @@ Tensors extreme_singular_values_backward_cpu(Tensor grad_sigma, Tensors matrices
   Tensors gradients;
   for (const Tensor& matrix : matrices) gradients.push_back(torch::stable::empty_like(matrix));
   const auto kernel = TSCNC_SELECT(extreme_singular_values_backward);
-  run_jobs(jobs, [&](size_t i, double* workspace) {
+  run_jobs(jobs, all_of(jobs), [&](size_t i, double* workspace) {
     const Job& job = jobs[i];
     SpectralResult result = {};
     double grad[2];
@@ -252,8 +354,9 @@ Tensors extreme_singular_values_backward_cpu(Tensor grad_sigma, Tensors matrices
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
       "extreme_singular_values(Tensor[] matrices, Tensor[] masks, Tensor[] structures, "
-      "Tensor? state, bool structural, float tie_tol, bool power, bool certify) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor[] row_pointers, Tensor[] columns, Tensor? state, bool structural, float tie_tol, "
+      "bool power, bool certify, bool largest_only) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "extreme_singular_values_backward(Tensor grad_sigma, Tensor[] matrices, Tensor[] masks, "
       "Tensor sigma, Tensor left, Tensor right, Tensor block, Tensor ties) -> Tensor[]");

@@ -18,9 +18,9 @@ MAX_TIES = 16
 _UNIT = 2.0**-53
 
 # The raw op's outputs: (2, L) sigma, (2, Σ rows) left, (2, Σ cols) right, (2 MAX_TIES, Σ smaller)
-# block of tied vectors, (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds;
-# float64 or int64.
-Raw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# block of tied vectors, (4, Σ smaller) state, (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties,
+# (L, 3, 2) bounds; float64 or int64.
+Raw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Bounds(NamedTuple):
@@ -61,30 +61,57 @@ def check_state(state: Tensor, matrices: Sequence[Tensor]) -> None:
         )
 
 
-_structures: WeakKeyDictionary[SparsityPattern, Tensor] = WeakKeyDictionary()
+class PatternIndex(NamedTuple):
+    """What the kernels read of a pattern; empty tensors where a matrix has none.
+
+    mask: (rows, cols) bool. structure: structural rank and the flags of live rows and columns, as
+    the op `structural_rank` returns them. row_pointers, columns: as `SparsityPattern` has them.
+    """
+
+    mask: Tensor
+    structure: Tensor
+    row_pointers: Tensor
+    columns: Tensor
 
 
-def mask_of(pattern: SparsityPattern | None, matrix: Tensor) -> Tensor:
-    """The pattern's mask as a matrix; an empty tensor stands for no pattern."""
-    if pattern is None:
-        return matrix.new_empty(0, dtype=torch.bool)
-    return pattern.mask.reshape(matrix.shape)
+class RawLists(NamedTuple):
+    """The raw op's lists, one tensor per matrix each; all but `matrices` empty without patterns."""
+
+    matrices: list[Tensor]
+    masks: list[Tensor]
+    structures: list[Tensor]
+    row_pointers: list[Tensor]
+    columns: list[Tensor]
 
 
-def structure_of(pattern: SparsityPattern | None, mask: Tensor) -> Tensor:
-    """Structural rank and the flags of live rows and columns, found once per pattern.
+def split_lists(tensors: Sequence[Tensor], count: int) -> RawLists:
+    """The lists of a call on `count` matrices, which travel through autograd side by side."""
+    starts = range(0, 5 * count, count)
+    return RawLists(*(list(tensors[first : first + count]) for first in starts))
+
+
+_indices: WeakKeyDictionary[SparsityPattern, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def index_of(pattern: SparsityPattern | None, matrix: Tensor) -> PatternIndex:
+    """The pattern's index, its mask unpacked and its structure found once per pattern.
 
     Inside a compiled graph there is nothing to remember them in, and they are found on every call.
     """
     if pattern is None:
-        return mask.new_empty(0, dtype=torch.int64)
-    if torch.compiler.is_compiling():
-        return _find_structure(mask)
-    found = _structures.get(pattern)
+        nothing = matrix.new_empty(0, dtype=torch.int32)
+        return PatternIndex(nothing.bool(), nothing.long(), nothing, nothing)
+    found = None if torch.compiler.is_compiling() else _indices.get(pattern)
     if found is None:
-        found = _structures[pattern] = _find_structure(mask)
-    # Patterns of equal masks are equal, on whatever devices they are.
-    return found.to(mask.device)
+        mask = pattern.mask.reshape(matrix.shape)
+        found = mask, _find_structure(mask)
+        if not torch.compiler.is_compiling():
+            _indices[pattern] = found
+    # Patterns of equal masks are equal, on whatever devices they are and of whatever dimensions.
+    mask, structure = (part.to(matrix.device) for part in found)
+    return PatternIndex(
+        mask.reshape(matrix.shape), structure, pattern.row_pointers, pattern.columns
+    )
 
 
 def _find_structure(mask: Tensor) -> Tensor:
@@ -148,11 +175,13 @@ def pack_reference(
         blocks.append(torch.cat([_padded(small, 0, 1), _padded(small, last, -1)]))
         flags.append((ends[1] == 0).long() * RANK_DEFICIENT)
         bounds.append(_certify(safe, ends, last) + blank if certify else s.new_empty(0, 3, 2))
+    block = torch.cat(blocks, dim=1)
     return (
         sigma,
         torch.cat(lefts, dim=1),
         torch.cat(rights, dim=1),
-        torch.cat(blocks, dim=1),
+        block,
+        torch.cat([block[:2], block[MAX_TIES : MAX_TIES + 2]]),
         torch.cat(lasts) + 1,
         torch.stack(residuals),
         torch.stack(flags),
@@ -170,23 +199,58 @@ def _padded(rows: Tensor, start: Tensor | int, step: int) -> Tensor:
     )
 
 
-def unpack(raw: Raw, matrices: Sequence[Tensor]) -> ExtremeSingularValues:
+def without_smallest(raw: Raw) -> Raw:
+    """A raw result in which nothing is told of sigma_min."""
+    sigma, left, right, block, state, rank, residual, flags, ties, bounds = raw
+    first = torch.tensor([[1.0], [0.0]], dtype=sigma.dtype, device=sigma.device)
+
+    def kept(rows: Tensor, count: int) -> Tensor:
+        return torch.cat([rows[:count], torch.zeros_like(rows[count:])])
+
+    return (
+        torch.where(first > 0, sigma, 0.0),
+        kept(left, 1),
+        kept(right, 1),
+        kept(block, MAX_TIES),
+        kept(state, 2),
+        rank,
+        torch.where(first.mT > 0, residual, 0.0),
+        torch.where(sigma[0] == 0, flags, 0),
+        torch.where(first.mT > 0, ties, 1),
+        bounds,
+    )
+
+
+def unpack(raw: Raw, matrices: Sequence[Tensor], largest_only: bool) -> ExtremeSingularValues:
     """The public result of a raw one."""
-    sigma, left, right, block, rank, residual, flags, _, bounds = raw
+    sigma, left, right, _, state, rank, residual, flags, _, bounds = raw
     is_double = any(matrix.dtype == torch.float64 for matrix in matrices)
-    dtype = torch.float64 if is_double else torch.float32
+    if not is_double:
+        sigma, left, right = sigma.float(), left.float(), right.float()
     rows, cols = ([matrix.shape[side] for matrix in matrices] for side in (0, 1))
-    sigma, left, right = sigma.to(dtype), left.to(dtype), right.to(dtype)
+    largest, smallest = sigma.unbind()
+    u_max, u_min = _pieces(left, rows)
+    v_max, v_min = _pieces(right, cols)
+    if largest_only:
+        u_min, v_min = (), ()
+        smallest = torch.full_like(smallest, torch.nan)
+        residual = torch.stack([residual[:, 0], smallest.to(residual.dtype)], dim=1)
     return ExtremeSingularValues(
-        sigma_max=sigma[0],
-        sigma_min=sigma[1],
-        u_max=left[0].split(rows),
-        v_max=right[0].split(cols),
-        u_min=left[1].split(rows),
-        v_min=right[1].split(cols),
+        sigma_max=largest,
+        sigma_min=smallest,
+        u_max=u_max,
+        v_max=v_max,
+        u_min=u_min,
+        v_min=v_min,
         rank=rank,
         residual=residual,
         flags=flags,
-        state=torch.cat([block[:2], block[MAX_TIES : MAX_TIES + 2]]),
+        state=state,
         bounds=Bounds(*bounds.unbind(1)) if bounds.shape[0] else None,
     )
+
+
+def _pieces(vectors: Tensor, sizes: list[int]) -> list[tuple[Tensor, ...]]:
+    """Both rows, each cut into the matrices' vectors."""
+    ends = vectors.unbind()
+    return [(end,) for end in ends] if len(sizes) == 1 else [end.split(sizes) for end in ends]

@@ -1,5 +1,5 @@
-// Dense symmetric fp64 algebra for the spectral kernels: rank-k update, Cholesky, triangular solves
-// and matrix-vector products for two vectors at a time.
+// Dense symmetric fp64 algebra for the spectral kernels: Cholesky, triangular solves and
+// matrix-vector products for two vectors at a time.
 //
 // Layout: a symmetric or triangular n x n matrix is row-major with leading dimension ld =
 // padded_length(n); only the upper triangle is meaningful, what lies below the diagonal is scratch.
@@ -11,17 +11,15 @@
 #include <cstdint>
 #include <cstring>
 
-#include "vec.h"
+#include "rank_update.h"
 
 namespace tscnc::TSCNC_ISA {
 
 using VecD = Vec<double>;
 constexpr int64_t kWidth = kLanes<double>;
-// The register tile of the rank-k update: kWidth rows by a strip of three vectors.
-constexpr int64_t kStrip = 3 * kWidth;
+constexpr int64_t kStrip = kStripOf<double>;
 constexpr int64_t kPadding = 24;
-// Rows of a tall matrix that one rank-k update takes, and rows that one step of the Cholesky takes.
-constexpr int64_t kPanelRows = 128;
+// Rows that one step of the Cholesky takes.
 constexpr int64_t kFactorRows = 32;
 
 // An odd number of cache lines, so that the rows of a panel fall into different cache sets.
@@ -42,53 +40,6 @@ inline double dot(const double* x, const double* y, int64_t n) {
 
 inline void add_scaled(double* y, double a, const double* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kWidth) store(y + i, load(y + i) + a * load(x + i));
-}
-
-// Columns [0, count) of `depth` rows as strips of kStrip columns, each strip row by row.
-inline void pack_strips(const double* rows, int64_t ld, int64_t depth, int64_t count,
-                        double* packed) {
-  for (int64_t j = 0; j < count; j += kStrip) {
-    for (int64_t k = 0; k < depth; ++k, packed += kStrip) {
-      const double* source = rows + k * ld + j;
-      for (int64_t c = 0; c < kStrip; c += kWidth) store(packed + c, load(source + c));
-    }
-  }
-}
-
-// One kWidth x kStrip tile of C += sign * A'B over packed strips.
-template <int kSign>
-inline void update_tile(const double* a, const double* b, int64_t depth, double* c, int64_t ld) {
-  VecD sum[kWidth][3] = {};
-  for (int64_t k = 0; k < depth; ++k, a += kStrip, b += kStrip) {
-    const VecD b0 = load(b), b1 = load(b + kWidth), b2 = load(b + 2 * kWidth);
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kWidth; ++r) {
-      const VecD scale = broadcast(a[r]);
-      sum[r][0] += scale * b0;
-      sum[r][1] += scale * b1;
-      sum[r][2] += scale * b2;
-    }
-  }
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < kWidth; ++r, c += ld) {
-    for (int64_t s = 0; s < 3; ++s) {
-      const VecD old = load(c + s * kWidth);
-      store(c + s * kWidth, kSign > 0 ? old + sum[r][s] : old - sum[r][s]);
-    }
-  }
-}
-
-// Upper triangle of C (count x count) += sign * P'P, P packed from `depth` rows.
-template <int kSign>
-inline void rank_update(const double* packed, int64_t depth, int64_t count, double* c, int64_t ld) {
-  for (int64_t j = 0; j < count; j += kStrip) {
-    for (int64_t i = 0; i <= j; i += kStrip) {
-      for (int64_t r = 0; r < kStrip && i + r < count; r += kWidth) {
-        update_tile<kSign>(packed + i * depth + r, packed + j * depth, depth, c + (i + r) * ld + j,
-                           ld);
-      }
-    }
-  }
 }
 
 // Factors the diagonal block of `rows` rows at r; false at a pivot that is not positive.

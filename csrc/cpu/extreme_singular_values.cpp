@@ -162,6 +162,24 @@ class Writer {
   SpectralResult& out_;
 };
 
+void keep_state(const SpectralMatrix& a, SpectralResult* out) {
+  const int64_t smaller = a.rows < a.cols ? a.rows : a.cols, stride = out->block_stride;
+  for (int i = 0; i < 4; ++i) {
+    copy(out->state + i * stride, out->block + (i / 2 * kMaxTies + i % 2) * stride, smaller);
+  }
+}
+
+// Takes the smallest singular value, which was not asked for, back out of a result.
+void forget_smallest(const SpectralMatrix& a, SpectralResult* out) {
+  out->sigma[1] = out->residual[1] = 0;
+  zero(out->left[1], a.rows);
+  zero(out->right[1], a.cols);
+  for (int64_t i = kMaxTies; i < 2 * kMaxTies; ++i) {
+    zero(out->block + i * out->block_stride, a.rows < a.cols ? a.rows : a.cols);
+  }
+  out->ties[1] = 1;
+}
+
 }  // namespace
 
 int64_t extreme_singular_values_workspace(const SpectralMatrix& matrix) {
@@ -174,6 +192,8 @@ void extreme_singular_values(const SpectralMatrix& matrix, const SpectralOptions
                              const double* warm, int64_t warm_stride, double* workspace,
                              SpectralResult* result) {
   Writer(matrix, options, workspace, result).run(warm, warm_stride);
+  if (options.largest_only) forget_smallest(matrix, result);
+  keep_state(matrix, result);
 }
 
 }  // namespace tscnc::TSCNC_ISA

@@ -32,12 +32,15 @@ struct SpectralMatrix {
   int64_t kept_row_count, kept_col_count;
   int64_t structural_rank;  // of what is kept; min(kept counts) without a pattern
   bool want_full_rank;      // sigma_min at min(rows, cols) even where the pattern forbids that rank
+  const int32_t* row_begin;     // compressed rows of the mask, rows + 1, or null
+  const int32_t* entry_column;  // nnz
 };
 
 struct SpectralOptions {
   double tie_tolerance;
   bool power;  // power iteration in place of the Krylov spaces
   bool certify;
+  bool largest_only;  // sigma_max; all that belongs to sigma_min comes back as zero
 };
 
 // Vectors span all rows or columns of W and are zero at the removed ones.
@@ -45,19 +48,20 @@ struct SpectralResult {
   double sigma[2];  // largest, smallest
   int64_t rank, flags;
   double residual[2];
-  double bounds[6];  // lower and upper of sigma_max, sigma_min, kappa
-  int64_t ties[2];   // tied vectors per end, at least 1
-  double* left[2];   // (rows)
-  double* right[2];  // (cols)
-  double* block;     // (2 * kMaxTies, min(rows, cols)) tied vectors of the smaller side
-  int64_t block_stride;
+  double bounds[6];      // lower and upper of sigma_max, sigma_min, kappa
+  int64_t ties[2];       // tied vectors per end, at least 1
+  double* left[2];       // (rows)
+  double* right[2];      // (cols)
+  double* block;         // (2 * kMaxTies, min(rows, cols)) tied vectors of the smaller side
+  double* state;         // (4, min(rows, cols)), two vectors per end to start the next call from
+  int64_t block_stride;  // of both
 };
 
 // fp64 elements of workspace for one matrix.
 TSCNC_PER_ISA(int64_t extreme_singular_values_workspace(const SpectralMatrix& matrix);)
 
-// warm: the first two block rows of each end from an earlier call, four rows with stride
-// warm_stride, or null.
+// By factorisations. warm: the state of an earlier call, four rows with stride warm_stride, or
+// null.
 TSCNC_PER_ISA(void extreme_singular_values(const SpectralMatrix& matrix,
                                            const SpectralOptions& options, const double* warm,
                                            int64_t warm_stride, double* workspace,

@@ -32,11 +32,7 @@ class Gradient {
       }
     }
     dispatch_dtype(source_.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
-      for (int64_t row = 0; row < source_.rows; ++row) {
-        accumulate(row);
-        write_row(static_cast<T*>(gradient) + row * source_.cols);
-      }
+      write(static_cast<std::remove_pointer_t<decltype(tag)>*>(gradient));
     });
   }
 
@@ -64,33 +60,68 @@ class Gradient {
     }
   }
 
-  void accumulate(int64_t row) {
-    double* sum = work_.row;
-    zero(sum, source_.cols);
+  template <class T>
+  void write(T* gradient) {
+    using C = Compute<T>;
+    const int64_t stride = work_.right_stride;
+    C* rights = reinterpret_cast<C*>(work_.rights);
     for (int64_t t = 0; t < count_; ++t) {
-      const double scale = terms_[t].weight * terms_[t].left[row];
-      for (int64_t j = 0; j < source_.cols; ++j) sum[j] += scale * terms_[t].right[j];
+      for (int64_t j = 0; j < stride; ++j) {
+        rights[t * stride + j] = j < source_.cols ? static_cast<C>(terms_[t].right[j]) : 0;
+      }
     }
-    if (source_.mask == nullptr) return;
-    const bool* mask = source_.mask + row * source_.cols;
-    for (int64_t j = 0; j < source_.cols; ++j) sum[j] = mask[j] ? sum[j] : 0;
+    for (int64_t row = 0; row < source_.rows; ++row) {
+      C scale[2 * kMaxTies];
+      find_scales(row, scale);
+      write_row(row, scale, rights, gradient + row * source_.cols);
+    }
   }
 
-  template <class T>
-  void write_row(T* target) {
-    for (int64_t j = 0; j < source_.cols; ++j) target[j] = static_cast<T>(work_.row[j]);
+  template <class C>
+  void find_scales(int64_t row, C* scale) const {
+    for (int64_t t = 0; t < count_; ++t) {
+      scale[t] = static_cast<C>(terms_[t].weight * terms_[t].left[row]);
+    }
   }
-  void write_row(bf16* target) { write_half_row(target); }
-  void write_row(fp16* target) { write_half_row(target); }
 
+  // `sum` where the mask keeps the first `count` elements at `at`, zero elsewhere.
   template <class T>
-  void write_half_row(T* target) {
+  Vec<T> keep(Vec<T> sum, int64_t at, int64_t count) const {
+    using Bytes __attribute__((vector_size(kLanes<T>))) = uint8_t;
+    using Lanes = decltype(sum < sum);
+    if (source_.mask == nullptr) return sum;
+    Bytes bytes = {};
+    if (count >= kLanes<T>) {
+      std::memcpy(&bytes, source_.mask + at, sizeof(bytes));
+    } else {
+      std::memcpy(&bytes, source_.mask + at, static_cast<size_t>(count));
+    }
+    return __builtin_convertvector(bytes, Lanes) != 0 ? sum : Vec<T>{};
+  }
+
+  // Four vectors of one row share each term's scale.
+  template <class T>
+  void write_row(int64_t row, const Compute<T>* scale, const Compute<T>* rights, T* target) const {
     constexpr int64_t kStep = kLanes<T>;
-    for (int64_t j = 0; j < source_.cols; j += kStep) {
-      const int64_t count = source_.cols - j < kStep ? source_.cols - j : kStep;
-      float buffer[kStep] = {};
-      for (int64_t c = 0; c < count; ++c) buffer[c] = static_cast<float>(work_.row[j + c]);
-      store_partial(target + j, load(buffer), count);
+    for (int64_t j = 0; j < source_.cols; j += 4 * kStep) {
+      Vec<T> sum[4] = {};
+      for (int64_t t = 0; t < count_; ++t) {
+        const Compute<T>* right = rights + t * work_.right_stride + j;
+        const Vec<T> weight = broadcast(scale[t]);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) sum[q] += weight * load(right + q * kStep);
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const int64_t at = j + q * kStep, left = source_.cols - at;
+        if (left <= 0) break;
+        const Vec<T> kept_sum = keep<T>(sum[q], row * source_.cols + at, left);
+        if (left >= kStep) {
+          store(target + at, kept_sum);
+        } else {
+          store_partial(target + at, kept_sum, left);
+        }
+      }
     }
   }
 

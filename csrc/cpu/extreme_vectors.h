@@ -5,6 +5,7 @@
 // read off the Gram matrix.
 #pragma once
 
+#include "direct_extremes.h"
 #include "row_qr.h"
 #include "spectral_workspace.h"
 
@@ -15,6 +16,14 @@ constexpr double kSparseDensity = 0.25;
 // The fp64 Gram matrix gives sigma_min to 1e-6 up to this condition number; beyond it A itself is
 // factored.
 constexpr double kGramCondition = 2e6;
+// Sizes up to which both ends come from a tridiagonal matrix, reduced in fp64 and (from
+// kLeastSingle on) in fp32, and the condition numbers of A up to which its vectors are good enough.
+constexpr int64_t kDirectSize = 256, kSingleSize = 640, kLeastSingle = 32;
+constexpr double kDirectCondition = 1e5, kSingleCondition = 20;
+// Matrices closer to square than this are too ill conditioned for fp32.
+constexpr double kSingleAspect = 1.3;
+// Estimated relative error of sigma^2 above which the direct vectors are not taken.
+constexpr double kDirectError = 1e-5, kDirectErrorDouble = 1e-13;
 // Applications of an operator to a block of two vectors.
 constexpr int64_t kMaxBlocks = 160;
 constexpr int64_t kNullSteps = 3;
@@ -58,9 +67,15 @@ class ExtremeVectors {
         build_sparse_rows<std::remove_pointer_t<decltype(tag)>>(&a, work.position);
       });
     }
-    gram(a, work.gram, work.ld, work.panel, work.packed);
-    trace = 0;
-    for (int64_t i = 0; i < a.n; ++i) trace += work.gram[i * work.ld + i];
+    const bool steep = static_cast<double>(a.m) >= kSingleAspect * static_cast<double>(a.n);
+    single_ = source_.dtype != DType::float64 && steep && a.n >= kLeastSingle &&
+              a.n <= kSingleSize && may_go_direct();
+    if (single_ && !options_.certify) {
+      gram<float>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
+      // What the squares of fp32 cannot hold goes through fp64.
+      rounded_ = find_trace() > 1e-20 && trace < 1e30;
+    }
+    if (!rounded_) load_exactly();
     return trace;
   }
 
@@ -75,6 +90,8 @@ class ExtremeVectors {
   }
 
   void solve() {
+    if (solve_directly()) return;
+    if (rounded_) load_exactly();
     find_largest();
     factor();
     find_smallest();
@@ -98,6 +115,51 @@ class ExtremeVectors {
   int64_t ties[2];
 
  private:
+  // What the direct way leaves to the Krylov spaces: null spaces and the power method.
+  bool may_go_direct() const { return deficiency == 0 && !options_.power; }
+
+  void load_exactly() {
+    rounded_ = false;
+    gram<double>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
+    find_trace();
+  }
+
+  double find_trace() {
+    trace = 0;
+    for (int64_t i = 0; i < a.n; ++i) trace += work.gram[i * work.ld + i];
+    return trace;
+  }
+
+  // Both ends from the tridiagonal form of the Gram matrix; false, with its vectors as the start of
+  // the Krylov spaces, where they may miss the promised error.
+  bool solve_directly() {
+    if (!may_go_direct() || !(single_ || a.n <= kDirectSize)) return false;
+    const bool fp64 = source_.dtype == DType::float64;
+    const double tie_gap = krylov_options().tie_gap, close = fp64 ? 0x1p-50 : 0x1p-26;
+    const auto direct = single_ ? &direct_extremes<float> : &direct_extremes<double>;
+    DirectResult found;
+    if (!direct(work.gram, work.ld, a.n, trace, close, tie_gap, work.factor, work.basis, block(0),
+                block(1), &found)) {
+      zero(work.block, 2 * kMaxTies * work.ld);
+      return false;
+    }
+    const double* value = found.values;
+    const double condition = single_ ? kSingleCondition : kDirectCondition;
+    if (!(value[0] <= condition * condition * value[2])) return false;
+    if (found.ties[0] > 2 || found.ties[1] > 2) return false;
+    measure();
+    for (int end = 0; end < 2; ++end) {
+      ties[end] = found.ties[end];
+      const double apart = std::fabs(value[2 * end + 1] / value[2 * end] - 1);
+      const double gap = ties[end] == 1 ? apart : tie_gap;
+      const double rest = residual[end] / sigma[end];
+      const double square = rest < gap ? rest * rest / gap : rest;
+      if (!(square <= (fp64 ? kDirectErrorDouble : kDirectError))) return false;
+      error[end] = square / 2;
+    }
+    return true;
+  }
+
   double largest_entry() {
     TallMatrix dense = a;
     dense.sparse = false;
@@ -292,6 +354,8 @@ class ExtremeVectors {
   const SpectralMatrix& source_;
   const SpectralOptions& options_;
   int64_t null_count_ = 0;
+  bool single_ = false;   // the direct way works in fp32
+  bool rounded_ = false;  // the Gram matrix was summed in fp32
 };
 
 }  // namespace tscnc::TSCNC_ISA

@@ -34,7 +34,7 @@ class Pieces {
 };
 
 inline int64_t long_length(const SpectralMatrix& a) {
-  return ((a.rows > a.cols ? a.rows : a.cols) + 15) / 8 * 8;
+  return ((a.rows > a.cols ? a.rows : a.cols) + kColumns + 15) / 8 * 8;
 }
 
 struct ForwardWorkspace {
@@ -52,8 +52,8 @@ struct ForwardWorkspace {
     Pieces pieces(base);
     gram = pieces.take(symmetric_size(n));
     factor = pieces.take(symmetric_size(n));
-    panel = pieces.take(kPanelRows * ld);
-    packed = pieces.take(kPanelRows * ld);
+    panel = pieces.take(kUpdateDepth<double> * ld);
+    packed = pieces.take(packed_size(n));
     basis = pieces.take((kMaxBasis + 2) * ld);
     block = pieces.take(2 * kMaxTies * ld);
     x = pieces.take(4 * ld);
@@ -69,8 +69,8 @@ struct ForwardWorkspace {
 };
 
 struct BackwardWorkspace {
-  int64_t ld, long_stride;
-  double *x, *z, *panel, *partners, *row;
+  int64_t ld, long_stride, right_stride;
+  double *x, *z, *panel, *partners, *rights;
   int64_t size;
 
   BackwardWorkspace(const SpectralMatrix& a, double* base) {
@@ -79,9 +79,10 @@ struct BackwardWorkspace {
     Pieces pieces(base);
     x = pieces.take(4 * ld);
     z = pieces.take(4 * ld);
-    panel = pieces.take(kFactorRows * ld);
+    panel = pieces.take(kColumns * ld);
     partners = pieces.take((2 * kMaxTies + 4) * long_stride);
-    row = pieces.take(a.cols + 16);
+    right_stride = (a.cols + 63) / 64 * 64;
+    rights = pieces.take(2 * kMaxTies * right_stride);
     size = pieces.size();
   }
 };

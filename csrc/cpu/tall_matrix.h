@@ -124,6 +124,12 @@ inline void load_rows(const TallMatrix& a, int64_t first, int64_t count, double*
 template <class Visit>
 inline void for_each_kept(const SpectralMatrix& a, const Visit& visit) {
   for (int64_t row = 0; row < a.rows; ++row) {
+    if (a.row_begin != nullptr) {
+      for (int64_t e = a.row_begin[row]; e < a.row_begin[row + 1]; ++e) {
+        visit(row, static_cast<int64_t>(a.entry_column[e]));
+      }
+      continue;
+    }
     const bool* mask = a.mask + row * a.cols;
     int64_t col = 0;
     for (; col + 8 <= a.cols; col += 8) {
@@ -173,25 +179,67 @@ inline void build_sparse_rows(TallMatrix* a, int32_t* position) {
   rows.begin[0] = 0;
 }
 
-// Upper triangle of A'A. panel and packed: kPanelRows * ld each.
-inline void gram(const TallMatrix& a, double* g, int64_t ld, double* panel, double* packed) {
-  std::memset(g, 0, static_cast<size_t>(symmetric_size(a.n)) * sizeof(double));
-  if (a.sparse) {
-    for (int64_t row = 0; row < a.m; ++row) {
-      const int64_t end = a.rows.begin[row + 1];
-      for (int64_t e = a.rows.begin[row]; e < end; ++e) {
-        double* target = g + a.rows.column[e] * ld;
-        const double value = a.rows.value[e];
-        for (int64_t f = e; f < end; ++f) target[a.rows.column[f]] += value * a.rows.value[f];
+// Whether strips can be packed straight from a stored matrix that is the transpose of a.
+inline bool packs_transposed(const TallMatrix& a) {
+  const SpectralMatrix& source = *a.source;
+  const bool whole = source.mask == nullptr && a.short_kept == nullptr && a.long_kept == nullptr;
+  return a.transposed && whole &&
+         (source.dtype == DType::float32 || source.dtype == DType::float64);
+}
+
+// Two rows of g share each pass over a row's entries; the one element below the diagonal that this
+// touches is scratch.
+template <class T>
+inline void sparse_gram(const TallMatrix& a, T* g, int64_t ld) {
+  const int32_t* column = a.rows.column;
+  const double* value = a.rows.value;
+  for (int64_t row = 0; row < a.m; ++row) {
+    const int64_t end = a.rows.begin[row + 1];
+    for (int64_t e = a.rows.begin[row]; e < end; e += 2) {
+      const bool pair = e + 1 < end;
+      T *upper = g + column[e] * ld, *lower = pair ? g + column[e + 1] * ld : upper;
+      const T first = static_cast<T>(value[e]);
+      const T second = pair ? static_cast<T>(value[e + 1]) : 0;
+      for (int64_t f = e; f < end; ++f) {
+        const T other = static_cast<T>(value[f]);
+        upper[column[f]] += first * other;
+        lower[column[f]] += second * other;
       }
     }
+  }
+}
+
+// Upper triangle of A'A, the products of up to kUpdateDepth rows, or all of a sparse matrix, summed
+// in T. panel: kUpdateDepth<double> * ld, packed: packed_size(n), scratch: symmetric_size(n).
+template <class T>
+inline void gram(const TallMatrix& a, double* g, int64_t ld, double* panel, double* packed,
+                 double* scratch) {
+  const int64_t size = symmetric_size(a.n);
+  if (a.sparse && !std::is_same_v<T, double>) {
+    T* sums = reinterpret_cast<T*>(scratch);
+    std::memset(sums, 0, static_cast<size_t>(size) * sizeof(T));
+    sparse_gram(a, sums, ld);
+    for (int64_t i = 0; i < size; ++i) g[i] = static_cast<double>(sums[i]);
     return;
   }
-  for (int64_t first = 0; first < a.m; first += kPanelRows) {
-    const int64_t count = a.m - first < kPanelRows ? a.m - first : kPanelRows;
-    load_rows(a, first, count, panel, ld);
-    pack_strips(panel, ld, count, a.n, packed);
-    rank_update<1>(packed, count, a.n, g, ld);
+  std::memset(g, 0, static_cast<size_t>(size) * sizeof(double));
+  if (a.sparse) return sparse_gram(a, g, ld);
+  const bool direct = packs_transposed(a);
+  const int64_t depth = direct ? kUpdateDepth<T> : kUpdateDepth<double>;
+  T* strips = reinterpret_cast<T*>(packed);
+  for (int64_t first = 0; first < a.m; first += depth) {
+    const int64_t count = a.m - first < depth ? a.m - first : depth;
+    if (direct && a.source->dtype == DType::float32) {
+      const float* data = static_cast<const float*>(a.source->data);
+      pack_transposed(data + first, a.m, count, a.n, static_cast<T>(a.scale), strips);
+    } else if (direct) {
+      const double* data = static_cast<const double*>(a.source->data);
+      pack_transposed(data + first, a.m, count, a.n, static_cast<T>(a.scale), strips);
+    } else {
+      load_rows(a, first, count, panel, ld);
+      pack_strips(panel, ld, count, a.n, strips);
+    }
+    rank_update<1>(strips, count, a.n, g, ld);
   }
 }
 
@@ -225,8 +273,94 @@ inline void multiply_rows(const double* row, const double* x, double* z, int64_t
   }
 }
 
-// y := A x (4 vectors of stride y_stride) and z := A'y in one pass over A. x, z: 4 rows of length
-// ld.
+// Rows [first, first + count) of a wide stored matrix seen tall, as columns: panel[j * kColumns +
+// k] is entry j of row first + k, zero behind the last of them.
+constexpr int64_t kColumns = 64;
+
+template <class T>
+inline void load_columns(const TallMatrix& a, int64_t first, int64_t count, double* panel) {
+  const SpectralMatrix& source = *a.source;
+  const bool whole = source.mask == nullptr && a.long_kept == nullptr;
+  for (int64_t j = 0; j < a.n; ++j, panel += kColumns) {
+    const int64_t row = kept(a.short_kept, j);
+    const T* data = static_cast<const T*>(source.data) + row * source.cols + first;
+    if (whole && count == kColumns) {
+      for (int64_t k = 0; k < kColumns; ++k) panel[k] = a.scale * to_double(data[k]);
+      continue;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      panel[k] = a.scale * entry<T>(source, row, kept(a.long_kept, first + k));
+    }
+    for (int64_t k = count; k < kColumns; ++k) panel[k] = 0;
+  }
+}
+
+// y_q := A x_q for the rows in the panel and four vectors.
+inline void multiply_columns(const double* panel, int64_t n, const double* x, int64_t ld, double* y,
+                             int64_t y_stride) {
+  for (int64_t k = 0; k < kColumns; k += 2 * kWidth) {
+    VecD sum[4][2] = {};
+    const double* row = panel + k;
+    for (int64_t j = 0; j < n; ++j, row += kColumns) {
+      const VecD left = load(row), right = load(row + kWidth);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        const VecD weight = broadcast(x[q * ld + j]);
+        sum[q][0] += weight * left;
+        sum[q][1] += weight * right;
+      }
+    }
+    for (int q = 0; q < 4; ++q) {
+      store(y + q * y_stride + k, sum[q][0]);
+      store(y + q * y_stride + k + kWidth, sum[q][1]);
+    }
+  }
+}
+
+// z_q += A'y_q for the rows in the panel, kEach columns of A from z on, and two vectors.
+template <int kEach>
+inline void multiply_columns_back(const double* panel, const double* y, int64_t y_stride, double* z,
+                                  int64_t ld) {
+  VecD sum[2][kEach] = {};
+  for (int64_t k = 0; k < kColumns; k += kWidth) {
+    const VecD y0 = load(y + k), y1 = load(y + y_stride + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < kEach; ++r) {
+      const VecD element = load(panel + r * kColumns + k);
+      sum[0][r] += element * y0;
+      sum[1][r] += element * y1;
+    }
+  }
+  for (int r = 0; r < kEach; ++r) {
+    z[r] += sum_lanes<double>(sum[0][r]);
+    z[ld + r] += sum_lanes<double>(sum[1][r]);
+  }
+}
+
+// multiply_both for a wide stored matrix. y is written up to the next multiple of kColumns.
+inline void multiply_both_wide(const TallMatrix& a, const double* x, double* y, int64_t y_stride,
+                               double* z, int64_t ld, double* panel) {
+  for (int64_t first = 0; first < a.m; first += kColumns) {
+    const int64_t count = a.m - first < kColumns ? a.m - first : kColumns;
+    dispatch_dtype(a.source->dtype, [&](auto* tag) {
+      load_columns<std::remove_pointer_t<decltype(tag)>>(a, first, count, panel);
+    });
+    multiply_columns(panel, a.n, x, ld, y + first, y_stride);
+    for (int pair = 0; pair < 4; pair += 2) {
+      const double* image = y + pair * y_stride + first;
+      int64_t j = 0;
+      for (; j + 4 <= a.n; j += 4) {
+        multiply_columns_back<4>(panel + j * kColumns, image, y_stride, z + pair * ld + j, ld);
+      }
+      for (; j < a.n; ++j) {
+        multiply_columns_back<1>(panel + j * kColumns, image, y_stride, z + pair * ld + j, ld);
+      }
+    }
+  }
+}
+
+// y := A x (4 vectors of stride y_stride, at least m rounded up to kColumns) and z := A'y in one
+// pass over A. x, z: 4 rows of length ld. panel: kFactorRows * ld and kColumns * n.
 inline void multiply_both(const TallMatrix& a, const double* x, double* y, int64_t y_stride,
                           double* z, int64_t ld, double* panel) {
   std::memset(z, 0, static_cast<size_t>(4 * ld) * sizeof(double));
@@ -243,6 +377,7 @@ inline void multiply_both(const TallMatrix& a, const double* x, double* y, int64
     }
     return;
   }
+  if (a.transposed) return multiply_both_wide(a, x, y, y_stride, z, ld, panel);
   for (int64_t first = 0; first < a.m; first += kFactorRows) {
     const int64_t count = a.m - first < kFactorRows ? a.m - first : kFactorRows;
     load_rows(a, first, count, panel, ld);

@@ -40,14 +40,19 @@ def raw_calls():
     masks = [torch.rand(5, 3) < 0.7, torch.empty(0, dtype=torch.bool)]
     structures = [ops.structural_rank(masks[0]), torch.empty(0, dtype=torch.int64)]
     state = torch.randn(4, 7, dtype=torch.float64)
-    plain = (matrices, [], [], None, False, 1e-4, False, False)
-    full = (matrices, masks, structures, state, True, 1e-4, True, True)
+    pattern = SparsityPattern.from_mask(masks[0])
+    nothing = torch.empty(0, dtype=torch.int32)
+    rows = [pattern.row_pointers, nothing], [pattern.columns, nothing]
+    plain = (matrices, [], [], [], [], None, False, 1e-4, False, False, False)
+    full = (matrices, masks, structures, *rows, state, True, 1e-4, True, True, False)
+    largest = (matrices, [], [], [], [], state, False, 1e-4, False, False, True)
     sigma, left, right, block, *rest = ops.extreme_singular_values(*plain)
-    backward = (torch.ones_like(sigma), matrices, [], sigma, left, right, block, rest[3])
+    backward = (torch.ones_like(sigma), matrices, [], sigma, left, right, block, rest[4])
     return [
         (ops.structural_rank.default, (masks[0],)),
         (ops.extreme_singular_values.default, plain),
         (ops.extreme_singular_values.default, full),
+        (ops.extreme_singular_values.default, largest),
         (ops.extreme_singular_values_backward.default, backward),
     ]
 

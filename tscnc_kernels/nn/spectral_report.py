@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from tscnc_kernels._spectral import mask_of, structure_of
+from tscnc_kernels._spectral import index_of
 from tscnc_kernels.nn._names import MASKABLE, check_module, resolve
 from tscnc_kernels.nn.masked_conv2d import MaskedConv2d
 from tscnc_kernels.nn.masked_layer import MaskedLayer
@@ -237,8 +237,7 @@ def _of_matrix(name: str, weight: Tensor, pattern: SparsityPattern | None) -> La
     values = torch.where(values > floor, values, 0.0)
     rank = len(values)
     if pattern is not None:
-        mask = mask_of(pattern, weight.flatten(1))
-        rank = int(structure_of(pattern, mask)[0])
+        rank = int(index_of(pattern, weight.flatten(1)).structure[0])
     return LayerSpectrum(
         name=name,
         operator="matrix",

@@ -12,6 +12,15 @@ AᵀA has σ² as its eigenvalues and loses all below √u·σ_1, but its eigenv
 takes its factor from Householder reflections of A instead. `method="power"` replaces Lanczos by
 power iteration and inverse power iteration.
 
+Two shortcuts form neither AᵀA nor a factor. Each of their steps, Aᵀ(A X) for a few vectors, reads A
+once, in float32 unless A is float64:
+
+    from a state    both ends in one block Krylov space of the state's four vectors; |r|² / gap of
+                    its Ritz pairs bounds the error, and what is not small enough, or tied, after a
+                    few steps goes the way above. So does every badly conditioned matrix, whose
+                    smallest vectors a small step of the weights replaces outright.
+    ends="max"      block Lanczos on AᵀA alone
+
 Source: Golub & Van Loan, Matrix Computations, chapters 8 and 10 (Lanczos, inverse iteration,
 Rayleigh quotients); Golub & Underwood 1977 (block Lanczos); Hopcroft & Karp 1973 (structural rank);
 Demmel 1989 and Rump 2006 (certificates by Cholesky factorisation). The gradient of a repeated
@@ -32,11 +41,13 @@ from tscnc_kernels._spectral import (
     MAX_TIES,
     ExtremeSingularValues,
     Raw,
+    RawLists,
     check_state,
-    mask_of,
+    index_of,
     pack_reference,
-    structure_of,
+    split_lists,
     unpack,
+    without_smallest,
 )
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels.sparsity import SparsityPattern
@@ -55,6 +66,7 @@ class _Settings(NamedTuple):
     tie_tol: float
     power: bool
     certify: bool
+    largest_only: bool
 
 
 def _check(
@@ -64,6 +76,8 @@ def _check(
     rank: str,
     tie_tol: float,
     method: str,
+    ends: str,
+    certify: bool,
 ) -> None:
     check_floating_list("matrices", matrices)
     for index, matrix in enumerate(matrices):
@@ -76,6 +90,10 @@ def _check(
         raise ValueError(f'expected rank to be "full" or "structural", got {rank!r}')
     if method not in ("auto", "power"):
         raise ValueError(f'expected method to be "auto" or "power", got {method!r}')
+    if ends not in ("both", "max"):
+        raise ValueError(f'expected ends to be "both" or "max", got {ends!r}')
+    if certify and ends == "max":
+        raise ValueError('certify=True bounds both ends: got ends="max"')
     check_number("tie_tol", tie_tol, 0, _LARGEST_TIE)
     if patterns is None and rank == "structural":
         raise ValueError('rank="structural" needs patterns: got patterns=None')
@@ -183,11 +201,14 @@ def _(
     matrices: list[Tensor],
     masks: list[Tensor],
     structures: list[Tensor],
+    row_pointers: list[Tensor],
+    columns: list[Tensor],
     state: Tensor | None,
     structural: bool,
     tie_tol: float,
     power: bool,
     certify: bool,
+    largest_only: bool,
 ) -> Raw:
     count = len(matrices)
     rows, cols = (sum(matrix.shape[side] for matrix in matrices) for side in (0, 1))
@@ -201,6 +222,7 @@ def _(
         empty(2, rows),
         empty(2, cols),
         empty(2 * MAX_TIES, smaller),
+        empty(4, smaller),
         empty(count, dtype=torch.int64),
         empty(count, 2),
         empty(count, dtype=torch.int64),
@@ -228,21 +250,16 @@ for _name in ("extreme_singular_values", "extreme_singular_values_backward"):
     register_loop_vmap(_name, getattr(_native, _name))
 
 
-def _run(
-    matrices: list[Tensor],
-    masks: list[Tensor],
-    structures: list[Tensor],
-    state: Tensor | None,
-    settings: _Settings,
-    backend: str,
-) -> Raw:
+def _run(lists: RawLists, state: Tensor | None, settings: _Settings, backend: str) -> Raw:
     if backend == "native":
-        raw: Raw = _native.extreme_singular_values(matrices, masks, structures, state, *settings)
+        raw: Raw = _native.extreme_singular_values(*lists, state, *settings)
         return raw
+    matrices, masks, structures = lists[:3]
     masked = [_masked(index, matrices, masks) for index in range(len(matrices))]
     lasts = [_last(i, w, structures, settings.structural) for i, w in enumerate(masked)]
     sigma = reference(matrices, masks, structures, settings.structural)
-    return pack_reference(masked, sigma, lasts, settings.tie_tol, settings.certify)
+    packed = pack_reference(masked, sigma, lasts, settings.tie_tol, settings.certify)
+    return without_smallest(packed) if settings.largest_only else packed
 
 
 class ExtremeSingularValuesFunction(torch.autograd.Function):
@@ -254,21 +271,20 @@ class ExtremeSingularValuesFunction(torch.autograd.Function):
     def forward(
         settings: _Settings, backend: str, count: int, state: Tensor | None, *tensors: Tensor
     ) -> Raw:
-        matrices, masks, structures = _thirds(tensors, count)
-        return _run(matrices, masks, structures, state, settings, backend)
+        return _run(split_lists(tensors, count), state, settings, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         ctx.settings, ctx.backend, ctx.count, _, *tensors = inputs
         sigma, left, right, block, *rest = output
         ctx.tensors = len(tensors)
-        ctx.save_for_backward(*tensors, sigma, left, right, block, rest[3])
+        ctx.save_for_backward(*tensors[: 3 * ctx.count], sigma, left, right, block, rest[4])
         ctx.mark_non_differentiable(left, right, block, *rest)
 
     @staticmethod
     def backward(ctx, grad_sigma, *_):  # type: ignore[no-untyped-def]
-        tensors, forward = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
-        matrices, masks, structures = _thirds(tensors, ctx.count)
+        inputs, forward = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
+        matrices, masks, structures = split_lists(inputs, ctx.count)[:3]
         if ctx.backend == "reference" or torch.is_grad_enabled():
             structural, tie_tol, *_ = ctx.settings
             gradients = reference_backward(
@@ -281,14 +297,6 @@ class ExtremeSingularValuesFunction(torch.autograd.Function):
         return None, None, None, None, *gradients, *([None] * (ctx.tensors - ctx.count))
 
 
-def _thirds(
-    tensors: Sequence[Tensor], count: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Matrices, masks and structures, which travel through autograd side by side."""
-    parts = list(tensors)
-    return parts[:count], parts[count : 2 * count], parts[2 * count :]
-
-
 def extreme_singular_values(
     matrices: Sequence[Tensor],
     patterns: Sequence[SparsityPattern | None] | None = None,
@@ -298,13 +306,15 @@ def extreme_singular_values(
     tie_tol: float = 1e-4,
     method: Literal["auto", "power"] = "auto",
     certify: bool = False,
+    ends: Literal["both", "max"] = "both",
     backend: str | None = None,
 ) -> ExtremeSingularValues:
     """Largest and smallest singular value, with their vectors, of every matrix of a list.
 
     σ_max = max ‖A v‖ and σ_min = σ_r over ‖v‖ = 1, A = W or W∘M; κ = σ_max / σ_min is infinite
     where σ_min is 0. The promised relative error is 1e-3 for σ_max, and for σ_min up to κ = 1e6
-    (1e-2 at 1e7).
+    (1e-2 at 1e7); from a state, 1e-5 for σ_max. The vectors, and with them the gradient, are exact
+    for a value within that error of the extreme one (an ε-subgradient).
 
     Args:
         matrices: L tensors of shapes (rows_i, cols_i), each float32, float64, bfloat16 or float16,
@@ -313,7 +323,11 @@ def extreme_singular_values(
             the mask. A pattern of more dimensions is taken as (shape[0], rest). None: the matrices
             as they are.
         state: the `state` of an earlier call on matrices of these shapes, a warm start: (4, Σ
-            min(rows_i, cols_i)) float64, two vectors per end. It is not changed.
+            min(rows_i, cols_i)) float64, two vectors per end. It is not changed. Where the matrices
+            have moved little, a well-conditioned one costs one to three reads. The start of another
+            matrix costs time, not accuracy, as long as its vectors are not singular vectors of this
+            one by accident of structure: those of a block of a block-diagonal matrix may hide the
+            others for some calls, until the random part of the start has found them.
         rank: "full": σ_min at r = min(rows_i, cols_i), 0 when the matrix is rank deficient.
             "structural": dead rows and columns are removed and r is the structural rank, the
             largest that the pattern allows.
@@ -321,7 +335,11 @@ def extreme_singular_values(
             it, and the gradient is the mean over them (at most 16).
         method: "auto", or "power" for power iteration and inverse power iteration, the classic
             baseline.
-        certify: also compute `bounds`, which costs up to a few more factorisations.
+        certify: also compute `bounds`, which costs up to a few more factorisations, and the Gram
+            matrix even from a state.
+        ends: "both", or "max" for σ_max alone, which needs neither Gram matrix nor factor:
+            `sigma_min` and its residual are then NaN without gradient, `u_min` and `v_min` empty,
+            and `flags` tell of σ_max.
         backend: "native" or "reference"; None chooses.
 
     Returns:
@@ -341,8 +359,8 @@ def extreme_singular_values(
 
     Raises:
         ValueError: empty list or matrix, not 2 dimensions, several devices, a pattern or state of
-            another shape, rank="structural" without patterns, unknown rank or method, tie_tol
-            outside [0, 0.999999].
+            another shape, rank="structural" without patterns, unknown rank, method or ends, tie_tol
+            outside [0, 0.999999], certify with ends="max".
         TypeError: not a list of tensors, a dtype that is not supported.
         RuntimeError: the backend cannot run here.
 
@@ -352,21 +370,23 @@ def extreme_singular_values(
     Determinism: start vectors are counter-based; equal inputs give equal bits for any number of
     threads.
     """
-    _check(matrices, patterns, state, rank, tie_tol, method)
+    _check(matrices, patterns, state, rank, tie_tol, method, ends, certify)
     chosen = _backend.select("extreme_singular_values", matrices[0].device, backend)
     dense = [matrix.contiguous() for matrix in matrices]
-    masks: list[Tensor] = []
-    structures: list[Tensor] = []
+    lists = RawLists(dense, [], [], [], [])
     if patterns is not None:
-        masks = [mask_of(p, w) for p, w in zip(patterns, dense, strict=True)]
-        pairs = zip(patterns, masks, strict=True)
-        structures = [structure_of(pattern, mask) for pattern, mask in pairs]
-    settings = _Settings(rank == "structural", float(tie_tol), method == "power", bool(certify))
+        found = [index_of(p, w) for p, w in zip(patterns, dense, strict=True)]
+        lists = RawLists(dense, *map(list, zip(*found, strict=True)))
+    largest_only = ends == "max"
+    settings = _Settings(
+        rank == "structural", float(tie_tol), method == "power", bool(certify), largest_only
+    )
     start = None if state is None else state.detach().contiguous()
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in dense):
+        tensors = [tensor for column in lists for tensor in column]
         raw = ExtremeSingularValuesFunction.apply(  # type: ignore[no-untyped-call]
-            settings, chosen, len(dense), start, *dense, *masks, *structures
+            settings, chosen, len(dense), start, *tensors
         )
     else:
-        raw = _run(dense, masks, structures, start, settings, chosen)
-    return unpack(raw, dense)
+        raw = _run(lists, start, settings, chosen)
+    return unpack(raw, dense, largest_only)

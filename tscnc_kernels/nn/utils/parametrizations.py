@@ -22,10 +22,11 @@ def spectral_norm(
 ) -> nn.Module:
     """Divide a module's weight by its spectral norm, W / σ_max(W), at every forward.
 
-    Drop-in for torch.nn.utils.parametrizations.spectral_norm, on `extreme_singular_values` with a
-    warm start: σ_max is exact to 1e-3 from the first call on, where one power step is short by
-    percents. The weight is seen as the matrix (shape[dim], rest), which for a convolution is not
-    its operator (see `conv_singular_values`). Pruned entries stay zero and get no gradient.
+    Drop-in for torch.nn.utils.parametrizations.spectral_norm, on `extreme_singular_values` with
+    ends="max" and a warm start: σ_max is exact to 1e-3 from the first call on, where one power step
+    is short by percents, and after a small step of the weight costs one to three reads of it. The
+    weight is seen as the matrix (shape[dim], rest), which for a convolution is not its operator
+    (see `conv_singular_values`). Pruned entries stay zero and get no gradient.
 
     Args:
         module: the module; it is changed in place.
@@ -90,7 +91,7 @@ class SpectralNorm(nn.Module):
         self.pattern = pattern
         with torch.no_grad():
             matrix = self._matrix(self._dense(weight))
-            found = extreme_singular_values([matrix], self._patterns(weight.device))
+            found = extreme_singular_values([matrix], self._patterns(weight.device), ends="max")
         self.register_buffer("state", found.state)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -98,7 +99,8 @@ class SpectralNorm(nn.Module):
         dense = self._dense(weight)
         patterns = self._patterns(weight.device)
         # `module.half()` casts buffers too: a coarser start, no more.
-        found = extreme_singular_values([self._matrix(dense)], patterns, self.state.double())
+        matrix, start = self._matrix(dense), self.state.double()
+        found = extreme_singular_values([matrix], patterns, start, ends="max")
         if self.training:
             with torch.no_grad():
                 # A step that overflowed must not spoil the ones after it.
