@@ -1,0 +1,220 @@
+// Gram matrices of a convolution's symbols and their extreme eigenvalues; Python side and formula:
+// tscnc_kernels/_symbol_search.py.
+#include "cpu/symbol_extremes.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "cpu/gram_terms.h"
+#include "scratch.h"
+
+namespace tscnc {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr char kOp[] = "symbol_extremes";
+
+// Frequencies of one group that a thread takes at a time: whole vectors of every instruction set.
+constexpr int64_t kTask = 16;
+
+struct Shape {
+  int64_t groups, out, inner, rows, cols;
+};
+
+struct Task {
+  int64_t group, begin, end;  // of the sorted places
+};
+
+const double* doubles(const Tensor& tensor, int64_t dims, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.dim() == dims && tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous(),
+      kOp, ": expected ", name, " to be contiguous float64 of ", dims, " dimensions");
+  return static_cast<const double*>(tensor.const_data_ptr());
+}
+
+// Taps of one group's (out, inner, rows * cols) kernels for the Gram matrices of the smaller side.
+template <class T>
+Taps<T> pack_taps(const T* kernels, const Shape& shape, T* strips) {
+  const int64_t taps = shape.rows * shape.cols, n = std::min(shape.out, shape.inner);
+  const int64_t m = std::max(shape.out, shape.inner);
+  const int64_t tap_size = (n + kTapStrip - 1) / kTapStrip * kTapStrip * m;
+  std::fill(strips, strips + taps * tap_size, T(0));
+  for (int64_t o = 0; o < shape.out; ++o) {
+    for (int64_t i = 0; i < shape.inner; ++i) {
+      const int64_t row = n == shape.inner ? o : i, col = n == shape.inner ? i : o;
+      T* target = strips + (col / kTapStrip * m + row) * kTapStrip + col % kTapStrip;
+      for (int64_t tap = 0; tap < taps; ++tap) target[tap * tap_size] = *kernels++;
+    }
+  }
+  return {strips, shape.rows, shape.cols, m, n, tap_size};
+}
+
+// Correlations C_d (shifts, n, n) as what GramTerms holds: S_d = C_d + C_d^T, A_d = C_d^T - C_d,
+// but S_0 = C_0.
+template <class T>
+void pack_terms(const T* source, int64_t shifts, int64_t n, T* packed) {
+  std::fill(packed, packed + term_blocks(n) * shifts * 2 * kTermElements, T(0));
+  int64_t element = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j <= i; ++j, ++element) {
+      T* block =
+          packed + element / kTermElements * shifts * 2 * kTermElements + element % kTermElements;
+      block[0] = source[i * n + j];
+      for (int64_t d = 1; d < shifts; ++d) {
+        const T here = source[(d * n + i) * n + j], there = source[(d * n + j) * n + i];
+        block[d * 2 * kTermElements] = here + there;
+        block[d * 2 * kTermElements + kTermElements] = there - here;
+      }
+    }
+  }
+}
+
+// Calls run(y, x) for zero and one of each pair of shifts between taps, in tap_shifts' order.
+template <class Run>
+void for_each_shift(const Shape& shape, const Run& run) {
+  for (int64_t down = 0; down < shape.rows; ++down) {
+    for (int64_t right = down == 0 ? 0 : 1 - shape.cols; right < shape.cols; ++right) {
+      run(down, right);
+    }
+  }
+}
+
+template <class T>
+void gram_terms_of(const T* kernels, const Shape& shape, T* packed) {
+  struct Piece {
+    int64_t down, right, row, correlation;
+  };
+  const int64_t n = std::min(shape.out, shape.inner);
+  const int64_t size = shape.out * shape.inner * shape.rows * shape.cols;
+  std::vector<Piece> pieces;
+  int64_t shifts = 0;
+  for_each_shift(shape, [&](int64_t down, int64_t right) {
+    for (int64_t row = 0; row < n; row += kTermRows) {
+      pieces.push_back({down, right, row, shifts * n * n});
+    }
+    ++shifts;
+  });
+  std::vector<T> strips(
+      static_cast<size_t>(size / n * (n + kTapStrip - 1) / kTapStrip * kTapStrip));
+  std::vector<T> correlations(static_cast<size_t>(shifts * n * n));
+  const auto kernel = TSCNC_SELECT(correlate<T>);
+  for (int64_t group = 0; group < shape.groups; ++group) {
+    const Taps<T> taps = pack_taps(kernels + group * size, shape, strips.data());
+    torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 8,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    const Piece& piece = pieces[static_cast<size_t>(i)];
+                                    kernel(taps, piece.down, piece.right, piece.row,
+                                           correlations.data() + piece.correlation);
+                                  }
+                                });
+    pack_terms(correlations.data(), shifts, n,
+               packed + group * term_blocks(n) * shifts * 2 * kTermElements);
+  }
+}
+
+// (groups, blocks, shifts, 2, kTermElements) terms of (groups, out, inner, rows, cols) kernels.
+Tensor gram_terms_cpu(Tensor kernels) {
+  STD_TORCH_CHECK(kernels.dim() == 5 && kernels.numel() > 0 && kernels.is_contiguous(),
+                  "gram_terms: expected contiguous kernels of 5 dimensions");
+  const Shape shape{kernels.size(0), kernels.size(1), kernels.size(2), kernels.size(3),
+                    kernels.size(4)};
+  int64_t shifts = 0;
+  for_each_shift(shape, [&](int64_t, int64_t) { ++shifts; });
+  const int64_t blocks = term_blocks(std::min(shape.out, shape.inner));
+  Tensor packed =
+      torch::stable::empty({shape.groups, blocks, shifts, 2, kTermElements}, kernels.scalar_type());
+  if (kernels.scalar_type() == ScalarType::Double) {
+    gram_terms_of(static_cast<const double*>(kernels.const_data_ptr()), shape,
+                  static_cast<double*>(packed.mutable_data_ptr()));
+  } else {
+    STD_TORCH_CHECK(kernels.scalar_type() == ScalarType::Float,
+                    "gram_terms: expected float32 or float64 kernels");
+    gram_terms_of(static_cast<const float*>(kernels.const_data_ptr()), shape,
+                  static_cast<float*>(packed.mutable_data_ptr()));
+  }
+  return packed;
+}
+
+// The places sorted, in tasks of one group each.
+std::vector<Task> tasks_of(const int64_t* place, const std::vector<int64_t>& order,
+                           int64_t frequencies, std::vector<int64_t>& chosen) {
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < order.size(); ++i) {
+    const int64_t at = place[order[i]], group = at / frequencies, here = static_cast<int64_t>(i);
+    if (tasks.empty() || tasks.back().group != group || here - tasks.back().begin == kTask) {
+      tasks.push_back({group, here, here});
+    }
+    tasks.back().end = here + 1;
+    chosen.push_back(at % frequencies);
+  }
+  return tasks;
+}
+
+// (2, k) largest and smallest eigenvalues at k flat places among groups x frequencies.
+Tensor symbol_extremes_cpu(Tensor terms, Tensor waves, Tensor places, int64_t n) {
+  const double* source = doubles(terms, 5, "terms");
+  const double* cosines = doubles(waves, 3, "waves");
+  const int64_t groups = terms.size(0), shifts = terms.size(2), frequencies = waves.size(1);
+  STD_TORCH_CHECK(n > 0 && terms.size(1) == term_blocks(n) && terms.size(3) == 2 &&
+                      terms.size(4) == kTermElements && waves.size(0) == 2 &&
+                      waves.size(2) == shifts,
+                  kOp, ": expected what gram_terms returns and (2, frequencies, shifts) waves");
+  STD_TORCH_CHECK(
+      places.dim() == 1 && places.scalar_type() == ScalarType::Long && places.is_contiguous(), kOp,
+      ": expected places to be contiguous int64 of one dimension");
+  const int64_t* place = static_cast<const int64_t*>(places.const_data_ptr());
+  const int64_t count = places.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(place[i] >= 0 && place[i] < groups * frequencies, kOp, ": place ", place[i],
+                    " is outside of ", groups, " groups of ", frequencies, " frequencies");
+  }
+  std::vector<int64_t> order(static_cast<size_t>(count)), chosen;
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return place[a] < place[b]; });
+  const std::vector<Task> tasks = tasks_of(place, order, frequencies, chosen);
+  std::vector<double> found(static_cast<size_t>(2 * count));
+  const auto kernel = TSCNC_SELECT(symbol_extremes);
+  const int64_t workspace = TSCNC_SELECT(symbol_extremes_workspace)(n, shifts);
+  const int64_t group_size = term_blocks(n) * shifts * 2 * kTermElements;
+  const auto run = [&](int64_t begin, int64_t end) {
+    double* scratch = thread_scratch().reserve<double>(workspace);
+    for (int64_t i = begin; i < end; ++i) {
+      const Task& task = tasks[static_cast<size_t>(i)];
+      const GramTerms gram{source + task.group * group_size, cosines,
+                           cosines + frequencies * shifts, n, shifts};
+      kernel(gram, chosen.data() + task.begin, task.end - task.begin, found.data() + task.begin,
+             found.data() + count + task.begin, scratch);
+    }
+  };
+  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, run);
+  Tensor result = torch::stable::empty({2, count}, ScalarType::Double);
+  double* out = static_cast<double*>(result.mutable_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    const size_t at = static_cast<size_t>(i);
+    out[order[at]] = found[at];
+    out[count + order[at]] = found[static_cast<size_t>(count) + at];
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace tscnc
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
+  m.def("gram_terms(Tensor kernels) -> Tensor");
+  m.def("symbol_extremes(Tensor terms, Tensor waves, Tensor places, int n) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
+  m.impl("gram_terms", TORCH_BOX(&tscnc::gram_terms_cpu));
+  m.impl("symbol_extremes", TORCH_BOX(&tscnc::symbol_extremes_cpu));
+}
