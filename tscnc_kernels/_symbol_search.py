@@ -81,7 +81,8 @@ class GramSymbols(NamedTuple):
 
     With C_d = Σ_k K_kᵀ K_{k+d} of the small side n, d in `tap_shifts`,
 
-        D(θ)*D(θ) = C_0 + Σ_{d≠0} e^(−i d·θ) C_d + e^(i d·θ) C_dᵀ = Σ_d cos(d·θ) S_d + i sin(d·θ) A_d,
+        D(θ)*D(θ) = C_0 + Σ_{d≠0} e^(−i d·θ) C_d + e^(i d·θ) C_dᵀ
+                  = Σ_d cos(d·θ) S_d + i sin(d·θ) A_d,
 
     which costs less than a product of symbols at every frequency.
     """

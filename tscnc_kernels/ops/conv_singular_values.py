@@ -14,8 +14,8 @@ in complex128; the extreme blocks then go through `extreme_singular_values` in t
 which gives values, gradients and certificates that do not rest on a Gram matrix.
 
 A warm start holds the last kernel and an interval for every frequency. By Weyl's inequality a step
-ΔK moves no singular value by more than ‖ΔK‖, which the kernel-Gram bound limits: frequencies that
-cannot hold an extreme are left out, and the result is as exact as a cold one.
+ΔK moves no singular value by more than ‖ΔD(θ)‖ ≤ ‖ΔD(θ)*ΔD(θ)‖_F^½: frequencies that cannot hold an
+extreme are left out, and the result is as exact as a cold one.
 
 Source: Sedghi, Gupta, Long, arXiv 1805.10408 (circular); Delattre et al., arXiv 2305.16173 and
 2402.00240 (Gram iteration, zero padding); Senderovich et al., arXiv 2204.07741 (strides). The
@@ -149,15 +149,15 @@ def _circular(
         upper, lower, known = screen_warm(still, grams, high + moved, low - moved)
     high = upper if known is None else torch.where(known, upper, -torch.inf)
     low = lower if known is None else torch.where(known, lower, torch.inf)
-    places = extreme_places(still, high, low)
-    if certify or torch.is_grad_enabled() and kernel.requires_grad:
-        pair = [*real_form(*blocks.at(places))[:, 0]]
+    chosen = extreme_places(still, high, low)
+    if certify or (torch.is_grad_enabled() and kernel.requires_grad):
+        pair = [*real_form(*blocks.at(chosen))[:, 0]]
         found = extreme_singular_values(pair, certify=certify)
         largest, smallest, ends = found.sigma_max[0], found.sigma_min[1], found.bounds
         flags = _any_flag(found.flags)
     else:
         largest, ends = high.amax(), None
-        smallest, flags = _smallest(*still.at(places[1:]))
+        smallest, flags = _smallest(*still.at(chosen[1:]))
     unsure = (smallest > 0) & (smallest < _RESOLVED * largest)
     flags = flags | torch.where(unsure, CAP_REACHED, 0)
     bounds = None
