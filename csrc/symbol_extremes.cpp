@@ -158,51 +158,94 @@ std::vector<Task> tasks_of(const int64_t* place, const std::vector<int64_t>& ord
   return tasks;
 }
 
+// Places sorted by group and frequency, and what the kernels read of the tensors.
+struct Work {
+  const double *terms, *cosines;
+  int64_t n, shifts, frequencies, group_size, count;
+  std::vector<int64_t> order, chosen;
+  std::vector<Task> tasks;
+
+  Work(const Tensor& terms_tensor, const Tensor& waves, const Tensor& places, int64_t n_)
+      : terms(doubles(terms_tensor, 5, "terms")),
+        cosines(doubles(waves, 3, "waves")),
+        n(n_),
+        shifts(terms_tensor.size(2)),
+        frequencies(waves.size(1)),
+        group_size(terms_tensor.size(1) * shifts * 2 * kTermElements),
+        count(places.numel()) {
+    STD_TORCH_CHECK(n > 0 && terms_tensor.size(1) == term_blocks(n) && terms_tensor.size(3) == 2 &&
+                        terms_tensor.size(4) == kTermElements && waves.size(0) == 2 &&
+                        waves.size(2) == shifts,
+                    kOp, ": expected what gram_terms returns and (2, frequencies, shifts) waves");
+    STD_TORCH_CHECK(
+        places.dim() == 1 && places.scalar_type() == ScalarType::Long && places.is_contiguous(),
+        kOp, ": expected places to be contiguous int64 of one dimension");
+    const int64_t* place = static_cast<const int64_t*>(places.const_data_ptr());
+    const int64_t all = terms_tensor.size(0) * frequencies;
+    for (int64_t i = 0; i < count; ++i) {
+      STD_TORCH_CHECK(place[i] >= 0 && place[i] < all, kOp, ": place ", place[i], " is not one of ",
+                      all);
+    }
+    order.resize(static_cast<size_t>(count));
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return place[a] < place[b]; });
+    tasks = tasks_of(place, order, frequencies, chosen);
+  }
+
+  // Calls run(terms of the group, task, workspace) on torch's threads.
+  template <class Run>
+  void for_each_task(const Run& run) const {
+    const int64_t workspace = TSCNC_SELECT(symbol_extremes_workspace)(n, shifts);
+    torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1,
+                                [&](int64_t begin, int64_t end) {
+                                  double* scratch = thread_scratch().reserve<double>(workspace);
+                                  for (int64_t i = begin; i < end; ++i) {
+                                    const Task& task = tasks[static_cast<size_t>(i)];
+                                    run(GramTerms{terms + task.group * group_size, cosines,
+                                                  cosines + frequencies * shifts, n, shifts},
+                                        task, scratch);
+                                  }
+                                });
+  }
+};
+
 // (2, k) largest and smallest eigenvalues at k flat places among groups x frequencies.
 Tensor symbol_extremes_cpu(Tensor terms, Tensor waves, Tensor places, int64_t n) {
-  const double* source = doubles(terms, 5, "terms");
-  const double* cosines = doubles(waves, 3, "waves");
-  const int64_t groups = terms.size(0), shifts = terms.size(2), frequencies = waves.size(1);
-  STD_TORCH_CHECK(n > 0 && terms.size(1) == term_blocks(n) && terms.size(3) == 2 &&
-                      terms.size(4) == kTermElements && waves.size(0) == 2 &&
-                      waves.size(2) == shifts,
-                  kOp, ": expected what gram_terms returns and (2, frequencies, shifts) waves");
-  STD_TORCH_CHECK(
-      places.dim() == 1 && places.scalar_type() == ScalarType::Long && places.is_contiguous(), kOp,
-      ": expected places to be contiguous int64 of one dimension");
-  const int64_t* place = static_cast<const int64_t*>(places.const_data_ptr());
-  const int64_t count = places.numel();
-  for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(place[i] >= 0 && place[i] < groups * frequencies, kOp, ": place ", place[i],
-                    " is outside of ", groups, " groups of ", frequencies, " frequencies");
-  }
-  std::vector<int64_t> order(static_cast<size_t>(count)), chosen;
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return place[a] < place[b]; });
-  const std::vector<Task> tasks = tasks_of(place, order, frequencies, chosen);
+  const Work work(terms, waves, places, n);
+  const int64_t count = work.count;
   std::vector<double> found(static_cast<size_t>(2 * count));
   const auto kernel = TSCNC_SELECT(symbol_extremes);
-  const int64_t workspace = TSCNC_SELECT(symbol_extremes_workspace)(n, shifts);
-  const int64_t group_size = term_blocks(n) * shifts * 2 * kTermElements;
-  const auto run = [&](int64_t begin, int64_t end) {
-    double* scratch = thread_scratch().reserve<double>(workspace);
-    for (int64_t i = begin; i < end; ++i) {
-      const Task& task = tasks[static_cast<size_t>(i)];
-      const GramTerms gram{source + task.group * group_size, cosines,
-                           cosines + frequencies * shifts, n, shifts};
-      kernel(gram, chosen.data() + task.begin, task.end - task.begin, found.data() + task.begin,
-             found.data() + count + task.begin, scratch);
-    }
-  };
-  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, run);
+  work.for_each_task([&](const GramTerms& gram, const Task& task, double* scratch) {
+    kernel(gram, work.chosen.data() + task.begin, task.end - task.begin, found.data() + task.begin,
+           found.data() + count + task.begin, scratch);
+  });
   Tensor result = torch::stable::empty({2, count}, ScalarType::Double);
   double* out = static_cast<double*>(result.mutable_data_ptr());
   for (int64_t i = 0; i < count; ++i) {
-    const size_t at = static_cast<size_t>(i);
-    out[order[at]] = found[at];
-    out[count + order[at]] = found[static_cast<size_t>(count) + at];
+    const int64_t target = work.order[static_cast<size_t>(i)];
+    out[target] = found[static_cast<size_t>(i)];
+    out[count + target] = found[static_cast<size_t>(count + i)];
   }
+  return result;
+}
+
+// (k,) whether the smallest eigenvalue at k places is proven to be at least the (k,) levels.
+Tensor symbol_floors_cpu(Tensor terms, Tensor waves, Tensor places, Tensor levels, int64_t n) {
+  const Work work(terms, waves, places, n);
+  const double* level = doubles(levels, 1, "levels");
+  STD_TORCH_CHECK(levels.numel() == work.count, kOp, ": expected one level per place");
+  std::vector<double> sorted;
+  for (const int64_t source : work.order) sorted.push_back(level[source]);
+  std::vector<unsigned char> proven(static_cast<size_t>(work.count));
+  const auto kernel = TSCNC_SELECT(symbol_floors);
+  work.for_each_task([&](const GramTerms& gram, const Task& task, double* scratch) {
+    kernel(gram, work.chosen.data() + task.begin, sorted.data() + task.begin, task.end - task.begin,
+           proven.data() + task.begin, scratch);
+  });
+  Tensor result = torch::stable::empty({work.count}, ScalarType::Bool);
+  bool* out = static_cast<bool*>(result.mutable_data_ptr());
+  for (size_t i = 0; i < proven.size(); ++i) out[work.order[i]] = proven[i] != 0;
   return result;
 }
 
@@ -212,9 +255,11 @@ Tensor symbol_extremes_cpu(Tensor terms, Tensor waves, Tensor places, int64_t n)
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def("gram_terms(Tensor kernels) -> Tensor");
   m.def("symbol_extremes(Tensor terms, Tensor waves, Tensor places, int n) -> Tensor");
+  m.def("symbol_floors(Tensor terms, Tensor waves, Tensor places, Tensor levels, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
   m.impl("gram_terms", TORCH_BOX(&tscnc::gram_terms_cpu));
   m.impl("symbol_extremes", TORCH_BOX(&tscnc::symbol_extremes_cpu));
+  m.impl("symbol_floors", TORCH_BOX(&tscnc::symbol_floors_cpu));
 }

@@ -36,6 +36,8 @@ _CANDIDATES, _FIRST = 8, 4
 # A frequency that cannot change the result by more than this is left out on a warm start.
 _WARM_ERROR = 1e-5
 _FLOAT_UNIT = 2.0**-24
+# Of the bound on a step, what σ_min is expected to move by at most.
+_DRIFT = 0.35
 # Below this ratio of the ends the screening takes all smallest singular values for zero.
 _ZERO = 1e-8
 # Pairs of taps per frequency from which the Gram matrices cost less by way of the symbols.
@@ -94,6 +96,27 @@ class GramSymbols(NamedTuple):
     n: int
 
 
+class Intervals(NamedTuple):
+    """What is known of the blocks, flat (G · F,).
+
+    upper: at least σ_max. lower: at most σ_min. center: σ_min when it was last computed; a step
+    moves it by far less than ‖ΔD‖, as a rule.
+    """
+
+    upper: Tensor
+    lower: Tensor
+    center: Tensor
+
+    def moved(self, bound: Tensor) -> "Intervals":
+        """After a step of the blocks by at most `bound`. What was not known may be anything."""
+        upper, lower = self.upper + bound, self.lower - bound
+        return Intervals(
+            torch.where(upper.isnan(), torch.inf, upper),
+            torch.where(lower.isnan(), -torch.inf, lower),
+            torch.where(self.center.isnan(), -torch.inf, self.center),
+        )
+
+
 def gram_symbols(blocks: Symbols) -> GramSymbols | None:
     """What the native screening takes; None where it does not run or would not pay."""
     count = blocks.taps[0] * blocks.taps[1]
@@ -146,8 +169,13 @@ def _(terms: Tensor, waves: Tensor, places: Tensor, n: int) -> Tensor:
     return terms.new_empty(2, places.shape[0])
 
 
+@torch.library.register_fake("tscnc_kernels::symbol_floors")
+def _(terms: Tensor, waves: Tensor, places: Tensor, levels: Tensor, n: int) -> Tensor:
+    return places.new_empty(places.shape, dtype=torch.bool)
+
+
 _native = torch.ops.tscnc_kernels
-for _name in ("gram_terms", "symbol_extremes"):
+for _name in ("gram_terms", "symbol_extremes", "symbol_floors"):
     register_loop_vmap(_name, getattr(_native, _name))
 
 
@@ -155,17 +183,17 @@ def _signed_root(square: Tensor) -> Tensor:
     return square.sign() * square.abs().sqrt()
 
 
-def screen_all(blocks: Symbols, grams: GramSymbols | None) -> tuple[Tensor, Tensor]:
-    """Flat (G · F,) largest and smallest singular values of all blocks."""
+def screen_all(blocks: Symbols, grams: GramSymbols | None) -> Intervals:
+    """Largest and smallest singular values of all blocks."""
     if grams is not None:
         places = torch.arange(blocks.shape[0] * blocks.shape[1])
         largest, smallest = _screen(blocks, grams, places)
-        return largest, smallest
+        return Intervals(largest, smallest, smallest)
     found = []
     for waves in blocks.chunks():
         found.append(torch.stack(extreme_squares(*symbols(blocks.kernels, waves[:, None]))))
     largest, smallest = _signed_root(torch.cat(found, dim=2)).flatten(1)
-    return largest, smallest
+    return Intervals(largest, smallest, smallest)
 
 
 def _screen(blocks: Symbols, grams: GramSymbols | None, places: Tensor) -> Tensor:
@@ -205,25 +233,38 @@ def step_bounds(step: Tensor, grams: GramSymbols | None, frequencies: int) -> Te
 
 
 def screen_warm(
-    blocks: Symbols, grams: GramSymbols | None, upper: Tensor, lower: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The bounds, exact where they matter, and which of them are exact."""
-    known = torch.zeros_like(upper, dtype=torch.bool)
-    # What is not known may be anything.
-    upper = torch.where(upper.isnan(), torch.inf, upper)
-    lower = torch.where(lower.isnan(), -torch.inf, lower)
+    blocks: Symbols, grams: GramSymbols | None, before: Intervals, bound: Tensor
+) -> tuple[Intervals, Tensor]:
+    """The intervals after a step of the blocks by at most `bound`, and which of them are exact.
+
+    First the most promising blocks are computed, then all that may hold an extreme still. Those
+    that only may hold the smallest are proven not to by a Cholesky factorisation where it succeeds,
+    which costs a quarter and gives a new lower bound.
+    """
+    upper, lower, center = before.moved(bound)
+    exact = torch.zeros_like(upper, dtype=torch.bool)
     count = min(_FIRST, upper.numel())
     places = torch.cat([upper.topk(count).indices, lower.topk(count, largest=False).indices])
-    for _ in range(2):
-        exact = _screen(blocks, grams, places)
-        upper, lower = upper.scatter(0, places, exact[0]), lower.scatter(0, places, exact[1])
-        known = known.scatter(0, places, True)
-        best = torch.where(known, upper, -torch.inf).amax()
-        least = torch.where(known, lower, torch.inf).amin()
+    for last in (False, True):
+        found = _screen(blocks, grams, places)
+        upper, lower = upper.scatter(0, places, found[0]), lower.scatter(0, places, found[1])
+        center, exact = center.scatter(0, places, found[1]), exact.scatter(0, places, True)
+        if last:
+            break
+        best, least = upper[exact].amax(), lower[exact].amin()
+        above = (upper > best * (1 + _WARM_ERROR)) & ~exact
         # Nothing is below zero.
-        below = (lower < least * (1 - _WARM_ERROR)) & (least > _ZERO * best)
-        places = (((upper > best * (1 + _WARM_ERROR)) | below) & ~known).nonzero().flatten()
-    return upper, lower, known
+        below = (lower < least * (1 - _WARM_ERROR)) & (least > _ZERO * best) & ~exact & ~above
+        places = below.nonzero().flatten()
+        if grams is not None:
+            levels = (center - _DRIFT * bound)[places].clamp(min=least * (1 - _WARM_ERROR / 2))
+            proven = _native.symbol_floors(
+                grams.terms, grams.waves, places, levels.square(), grams.n
+            )
+            lower = lower.scatter(0, places[proven], levels[proven])
+            places = places[~proven]
+        places = torch.cat([places, above.nonzero().flatten()])
+    return Intervals(upper, lower, center), exact
 
 
 @torch.library.custom_op("tscnc_kernels::smallest_symbol", mutates_args=())

@@ -1,4 +1,4 @@
-// Extreme eigenvalues of Hermitian matrices, one matrix per vector lane.
+// Extreme eigenvalues and definiteness of Hermitian matrices, one matrix per vector lane.
 //
 // Every lane does the same work, whatever its matrix: no shuffles, no branches on values, and the
 // result of a matrix does not depend on its neighbours. A matrix is stored as its lower triangle
@@ -161,6 +161,73 @@ inline Ends extreme_eigenvalues(Lanes* diagonal, Lanes* squares, int64_t n) {
     bottom = below > 0 ? bottom : y;
   }
   return {over * size, under * size};
+}
+
+// a b^H subtracted from a 2 x 2 tile of sums, over two rows of each factor.
+inline void subtract_products(const Complex* const* left, const Complex* const* right,
+                              int64_t count, Complex (*sums)[2]) {
+  Complex tile[2][2] = {{sums[0][0], sums[0][1]}, {sums[1][0], sums[1][1]}};
+  for (int64_t k = 0; k < count; ++k) {
+    for (int i = 0; i < 2; ++i) {
+      const Complex x = left[i][k];
+      for (int j = 0; j < 2; ++j) {
+        const Complex y = right[j][k];
+        tile[i][j].re -= x.re * y.re;
+        tile[i][j].re -= x.im * y.im;
+        tile[i][j].im -= x.im * y.re;
+        tile[i][j].im += x.re * y.im;
+      }
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) sums[i][j] = tile[i][j];
+  }
+}
+
+// The least pivot of the Cholesky factorisation, two columns at a time: positive iff the matrix is
+// positive definite. `a` is overwritten with the factor as far as pivots are positive.
+inline Lanes least_pivot(Complex* a, int64_t n) {
+  const auto row = [a](int64_t i) { return a + i * (i + 1) / 2; };
+  Lanes least = a[0].re;
+  for (int64_t j = 0; j < n; j += 2) {
+    const bool wide = j + 1 < n;
+    const Complex* right[2] = {row(j), row(wide ? j + 1 : j)};
+    Complex corner{};
+    Lanes first{}, second{};
+    for (int64_t i = j; i < n; i += 2) {
+      const bool tall = i + 1 < n;
+      Complex* left[2] = {row(i), row(tall ? i + 1 : i)};
+      Complex sums[2][2];
+      for (int r = 0; r < 2; ++r) {
+        sums[r][0] = left[r][j];
+        // Above the diagonal nothing is stored, and nothing is read of the sum.
+        sums[r][1] = wide && i + r > j && (r == 0 || tall) ? left[r][j + 1] : Complex{};
+      }
+      subtract_products(left, right, j, sums);
+      if (i == j) {
+        const Lanes pivot = sums[0][0].re;
+        first = 1 / sqrt<double>(pivot > 0 ? pivot : broadcast(1.0));
+        corner = {sums[1][0].re * first, sums[1][0].im * first};
+        const Lanes next = sums[1][1].re - corner.re * corner.re - corner.im * corner.im;
+        second = 1 / sqrt<double>(next > 0 ? next : broadcast(1.0));
+        least = pivot < least ? pivot : least;
+        if (wide) {
+          least = next < least ? next : least;
+          left[1][j] = corner;
+        }
+        continue;
+      }
+      for (int r = 0; r < (tall ? 2 : 1); ++r) {
+        const Complex x = {sums[r][0].re * first, sums[r][0].im * first};
+        left[r][j] = x;
+        if (!wide) continue;
+        const Complex y = sums[r][1];
+        left[r][j + 1] = {(y.re - x.re * corner.re - x.im * corner.im) * second,
+                          (y.im - x.im * corner.re + x.re * corner.im) * second};
+      }
+    }
+  }
+  return least;
 }
 
 }  // namespace tscnc::TSCNC_ISA

@@ -29,6 +29,10 @@ TSCNC_PER_ISA(
     // its norm. Workspace: symbol_extremes_workspace(n, shifts) doubles, aligned to 64 bytes.
     void symbol_extremes(const GramTerms& gram, const int64_t* chosen, int64_t count,
                          double* largest, double* smallest, double* workspace);
+    // proven[i] = 1 if the least eigenvalue of G(chosen[i]) is at least levels[i], what rounding
+    // may do being charged, and 0 if that could not be shown. The same workspace.
+    void symbol_floors(const GramTerms& gram, const int64_t* chosen, const double* levels,
+                       int64_t count, unsigned char* proven, double* workspace);
     int64_t symbol_extremes_workspace(int64_t n, int64_t shifts);)
 
 }  // namespace tscnc

@@ -41,6 +41,7 @@ from tscnc_kernels._convolution import (
 )
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT, REFACTORED, SHIFTED, Bounds
 from tscnc_kernels._symbol_search import (
+    Intervals,
     Symbols,
     certify_symbols,
     extreme_places,
@@ -137,18 +138,18 @@ def _circular(
     grams = gram_symbols(still)
     places = blocks.shape[0] * blocks.shape[1]
     if state is not None:
-        _check_state(state, 2 * places + kernel.numel(), kernel.device)
-    known = None
+        _check_state(state, 3 * places + kernel.numel(), kernel.device)
     if state is None or certify:
-        upper, lower = screen_all(still, grams)
+        known = screen_all(still, grams)
+        high, low, _ = known
     else:
         old = state.detach() / size
-        step = split(kernel.detach() - old[2 * places :].reshape(kernel.shape), groups, stride)
-        moved = step_bounds(step, grams, blocks.shape[1])
-        high, low = old[: 2 * places].chunk(2)
-        upper, lower, known = screen_warm(still, grams, high + moved, low - moved)
-    high = upper if known is None else torch.where(known, upper, -torch.inf)
-    low = lower if known is None else torch.where(known, lower, torch.inf)
+        step = split(kernel.detach() - old[3 * places :].reshape(kernel.shape), groups, stride)
+        bound = step_bounds(step, grams, blocks.shape[1])
+        before = Intervals(*old[: 3 * places].chunk(3))
+        known, exact = screen_warm(still, grams, before, bound)
+        high = torch.where(exact, known.upper, -torch.inf)
+        low = torch.where(exact, known.lower, torch.inf)
     chosen = extreme_places(still, high, low)
     if certify or (torch.is_grad_enabled() and kernel.requires_grad):
         pair = [*real_form(*blocks.at(chosen))[:, 0]]
@@ -166,7 +167,7 @@ def _circular(
         bounds = certified._replace(
             sigma_max=certified.sigma_max * size, sigma_min=certified.sigma_min * size
         )
-    saved = torch.cat([upper, lower, kernel.detach().flatten()]) * size
+    saved = torch.cat([*known, kernel.detach().flatten()]) * size
     return ConvSingularValues(largest * size, smallest * size, flags, saved, bounds)
 
 
