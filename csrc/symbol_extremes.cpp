@@ -44,12 +44,12 @@ template <class T>
 Taps<T> pack_taps(const T* kernels, const Shape& shape, T* strips) {
   const int64_t taps = shape.rows * shape.cols, n = std::min(shape.out, shape.inner);
   const int64_t m = std::max(shape.out, shape.inner);
-  const int64_t tap_size = (n + kTapStrip - 1) / kTapStrip * kTapStrip * m;
+  const int64_t tap_size = (n + kTapStrip<T> - 1) / kTapStrip<T> * kTapStrip<T> * m;
   std::fill(strips, strips + taps * tap_size, T(0));
   for (int64_t o = 0; o < shape.out; ++o) {
     for (int64_t i = 0; i < shape.inner; ++i) {
       const int64_t row = n == shape.inner ? o : i, col = n == shape.inner ? i : o;
-      T* target = strips + (col / kTapStrip * m + row) * kTapStrip + col % kTapStrip;
+      T* target = strips + (col / kTapStrip<T> * m + row) * kTapStrip<T> + col % kTapStrip<T>;
       for (int64_t tap = 0; tap < taps; ++tap) target[tap * tap_size] = *kernels++;
     }
   }
@@ -102,7 +102,7 @@ void gram_terms_of(const T* kernels, const Shape& shape, T* packed) {
     ++shifts;
   });
   std::vector<T> strips(
-      static_cast<size_t>(size / n * (n + kTapStrip - 1) / kTapStrip * kTapStrip));
+      static_cast<size_t>(size / n * (n + kTapStrip<T> - 1) / kTapStrip<T> * kTapStrip<T>));
   std::vector<T> correlations(static_cast<size_t>(shifts * n * n));
   const auto kernel = TSCNC_SELECT(correlate<T>);
   for (int64_t group = 0; group < shape.groups; ++group) {

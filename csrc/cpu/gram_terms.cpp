@@ -7,7 +7,7 @@ namespace {
 
 // Vectors of a tile's row; not more than a strip.
 template <class T>
-constexpr int64_t kVectors = kTapStrip / kLanes<T> < 2 ? 1 : 2;
+constexpr int64_t kVectors = kTapStrip<T> / kLanes<T> < 2 ? 1 : 2;
 
 // A tile of kTermRows rows; `rows` point to elements of the first factor.
 template <class T>
@@ -18,9 +18,9 @@ struct Tile {
     for (int64_t r = 0; r < m; ++r) {
       Vec<T> right[kVectors<T>];
       for (int64_t v = 0; v < kVectors<T>; ++v)
-        right[v] = load(cols + r * kTapStrip + v * kLanes<T>);
+        right[v] = load(cols + r * kTapStrip<T> + v * kLanes<T>);
       for (int64_t e = 0; e < kTermRows; ++e) {
-        const Vec<T> left = broadcast(rows[e][r * kTapStrip]);
+        const Vec<T> left = broadcast(rows[e][r * kTapStrip<T>]);
         for (int64_t v = 0; v < kVectors<T>; ++v) sums[e][v] += left * right[v];
       }
     }
@@ -30,7 +30,7 @@ struct Tile {
 template <class T>
 const T* column(const Taps<T>& taps, int64_t y, int64_t x, int64_t index) {
   return taps.strips + (y * taps.cols + x) * taps.tap_size +
-         index / kTapStrip * taps.m * kTapStrip + index % kTapStrip;
+         index / kTapStrip<T> * taps.m * kTapStrip<T> + index % kTapStrip<T>;
 }
 
 template <class T>
@@ -49,7 +49,7 @@ void store_tile(const Tile<T>& tile, int64_t row, int64_t col, int64_t n, T* cor
 template <class T>
 void correlate(const Taps<T>& taps, int64_t down, int64_t right, int64_t row, T* correlation) {
   constexpr int64_t kCols = kVectors<T> * kLanes<T>;
-  static_assert(kTapStrip % kCols == 0);
+  static_assert(kTapStrip<T> % kCols == 0);
   const int64_t first = right < 0 ? -right : 0;
   const int64_t last = right > 0 ? taps.cols - right : taps.cols;
   for (int64_t col = 0; col < taps.n; col += kCols) {

@@ -6,8 +6,12 @@
 
 namespace tscnc {
 
-// The taps of a group of kernels: tap (y, x) is an m x n matrix K in strips of kTapStrip columns,
-// each strip row by row, zeros behind the n-th column.
+// Columns of a strip: a cache line.
+template <class T>
+constexpr int64_t kTapStrip = 64 / sizeof(T);
+
+// The taps of a group of kernels: tap (y, x) is an m x n matrix K in strips of kTapStrip<T>
+// columns, each strip row by row, zeros behind the n-th column.
 template <class T>
 struct Taps {
   const T* strips;
@@ -15,8 +19,6 @@ struct Taps {
   int64_t m, n;
   int64_t tap_size;  // elements of all strips of a tap
 };
-
-constexpr int64_t kTapStrip = 16;
 
 // Rows of a correlation that are computed together.
 constexpr int64_t kTermRows = 6;
