@@ -33,6 +33,8 @@ SHAPES = [
     (64, 64, 64),
 ]
 MODES = ("forward", "forward_backward")
+Function = Callable[[Tensor, Tensor], Tensor]
+SCIPY = {f"scipy svds {solver.upper()}": solver for solver in ("arpack", "propack")}
 
 
 def _inputs(
@@ -100,9 +102,25 @@ def _lobpcg(weight: Tensor, starts: Tensor) -> Tensor:
     return torch.lobpcg(tall.mT @ tall, X=starts, niter=20)[0][:, 0].sqrt()
 
 
-def _prepare(
-    function: Callable[[Tensor, Tensor], Tensor], case: Case, weight: Tensor, starts: Tensor
-) -> Call:
+def _prepare_scipy(solver: str, case: Case, weight: Tensor, starts: Tensor) -> Call:
+    try:
+        from scipy.sparse import linalg
+    except ImportError as error:
+        raise UnavailableError("the package scipy is not installed") from error
+    if case.mode != "forward" or len(weight) > 1 or weight.device.type != "cpu":
+        raise UnavailableError("one matrix on the CPU, without gradient")
+    tall, start = _tall(weight.detach())[0].numpy(), starts.flatten().numpy()
+    if solver == "propack":
+        start = tall @ start
+
+    def call() -> Tensor:
+        (value,) = linalg.svds(tall, k=1, v0=start, solver=solver, return_singular_vectors=False)
+        return torch.tensor([value])
+
+    return call
+
+
+def _prepare(function: Function, case: Case, weight: Tensor, starts: Tensor) -> Call:
     if case.mode == "forward":
         frozen = weight.detach()
         return lambda: function(frozen, starts)
@@ -149,11 +167,17 @@ PROVIDERS = [
         ("torch lobpcg 20", _lobpcg),
     )
 ]
+PROVIDERS += [Provider(name, partial(_prepare_scipy, solver)) for name, solver in SCIPY.items()]
 
 
-def run(argv: Sequence[str] | None = None) -> None:
+def essential(case: Case, provider: Provider) -> bool:
+    """The norms alone of all but the largest matrix."""
+    return case in QUICK or (case.mode == "forward" and case.shape != "2048x2048")
+
+
+def run(argv: Sequence[str] | None = None) -> list[harness.results.Row]:
     """Measure and print; see `--help`."""
-    harness.main(CASES, PROVIDERS, QUICK, argv)
+    return harness.main(CASES, PROVIDERS, QUICK, argv, essential)
 
 
 if __name__ == "__main__":
