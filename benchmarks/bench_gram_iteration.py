@@ -34,6 +34,8 @@ SHAPES = [
 ]
 MODES = ("forward", "forward_backward")
 Function = Callable[[Tensor, Tensor], Tensor]
+# Its default number of steps is too small for PROPACK to return anything.
+SCIPY_TOLERANCE, SCIPY_STEPS = 1e-3, 300
 SCIPY = {f"scipy svds {solver.upper()}": solver for solver in ("arpack", "propack")}
 
 
@@ -104,6 +106,7 @@ def _lobpcg(weight: Tensor, starts: Tensor) -> Tensor:
 
 def _prepare_scipy(solver: str, case: Case, weight: Tensor, starts: Tensor) -> Call:
     try:
+        import numpy
         from scipy.sparse import linalg
     except ImportError as error:
         raise UnavailableError("the package scipy is not installed") from error
@@ -114,8 +117,19 @@ def _prepare_scipy(solver: str, case: Case, weight: Tensor, starts: Tensor) -> C
         start = tall @ start
 
     def call() -> Tensor:
-        (value,) = linalg.svds(tall, k=1, v0=start, solver=solver, return_singular_vectors=False)
-        return torch.tensor([value])
+        try:
+            values = linalg.svds(
+                tall,
+                k=1,
+                v0=start,
+                solver=solver,
+                tol=SCIPY_TOLERANCE,
+                maxiter=SCIPY_STEPS,
+                return_singular_vectors=False,
+            )
+        except (linalg.ArpackError, numpy.linalg.LinAlgError) as error:
+            raise UnavailableError(f"no result: {error}") from error
+        return torch.tensor(values[:1].copy())
 
     return call
 
