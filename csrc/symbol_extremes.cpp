@@ -158,6 +158,58 @@ std::vector<Task> tasks_of(const int64_t* place, const std::vector<int64_t>& ord
   return tasks;
 }
 
+// (groups, 2, shifts, shifts) Frobenius products of the S_d and of the A_d of (groups, blocks,
+// shifts, 2, kTermElements) terms in float32, of n x n matrices.
+Tensor term_products_cpu(Tensor terms, int64_t n) {
+  STD_TORCH_CHECK(terms.dim() == 5 && terms.scalar_type() == ScalarType::Float &&
+                      terms.is_contiguous() && n > 0 && terms.size(1) == term_blocks(n) &&
+                      terms.size(3) == 2 && terms.size(4) == kTermElements,
+                  "term_products: expected what gram_terms returns of float32 kernels");
+  const int64_t groups = terms.size(0), blocks = terms.size(1), shifts = terms.size(2);
+  Tensor result = torch::stable::empty({groups, 2, shifts, shifts}, ScalarType::Double);
+  double* products = static_cast<double*>(result.mutable_data_ptr());
+  std::fill(products, products + result.numel(), 0.0);
+  const float* term = static_cast<const float*>(terms.const_data_ptr());
+  std::vector<double> wide(static_cast<size_t>(shifts * 2 * kTermElements)), scaled(wide.size());
+  for (int64_t group = 0; group < groups; ++group, products += 2 * shifts * shifts) {
+    int64_t row = 0, diagonal = 0;
+    for (int64_t block = 0; block < blocks; ++block, term += shifts * 2 * kTermElements) {
+      // An element below the diagonal stands for two.
+      double weights[kTermElements];
+      for (int64_t e = 0; e < kTermElements; ++e) {
+        const bool own = block * kTermElements + e == diagonal;
+        weights[e] = own ? 1 : 2;
+        if (own) diagonal += ++row + 1;
+      }
+      for (size_t i = 0; i < wide.size(); ++i) {
+        wide[i] = term[i];
+        scaled[i] = wide[i] * weights[i % kTermElements];
+      }
+      for (int64_t part = 0; part < 2; ++part) {
+        double* target = products + part * shifts * shifts;
+        for (int64_t d = 0; d < shifts; ++d) {
+          const double* left = scaled.data() + (2 * d + part) * kTermElements;
+          for (int64_t other = 0; other <= d; ++other) {
+            const double* right = wide.data() + (2 * other + part) * kTermElements;
+            double sum = 0;
+            for (int64_t e = 0; e < kTermElements; ++e) sum += left[e] * right[e];
+            target[d * shifts + other] += sum;
+          }
+        }
+      }
+    }
+    for (int64_t part = 0; part < 2; ++part) {
+      double* target = products + part * shifts * shifts;
+      for (int64_t d = 0; d < shifts; ++d) {
+        for (int64_t other = d + 1; other < shifts; ++other) {
+          target[d * shifts + other] = target[other * shifts + d];
+        }
+      }
+    }
+  }
+  return result;
+}
+
 // Places sorted by group and frequency, and what the kernels read of the tensors.
 struct Work {
   const double *terms, *cosines;
@@ -254,12 +306,14 @@ Tensor symbol_floors_cpu(Tensor terms, Tensor waves, Tensor places, Tensor level
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def("gram_terms(Tensor kernels) -> Tensor");
+  m.def("term_products(Tensor terms, int n) -> Tensor");
   m.def("symbol_extremes(Tensor terms, Tensor waves, Tensor places, int n) -> Tensor");
   m.def("symbol_floors(Tensor terms, Tensor waves, Tensor places, Tensor levels, int n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
   m.impl("gram_terms", TORCH_BOX(&tscnc::gram_terms_cpu));
+  m.impl("term_products", TORCH_BOX(&tscnc::term_products_cpu));
   m.impl("symbol_extremes", TORCH_BOX(&tscnc::symbol_extremes_cpu));
   m.impl("symbol_floors", TORCH_BOX(&tscnc::symbol_floors_cpu));
 }

@@ -92,7 +92,6 @@ class GramSymbols(NamedTuple):
     # (G, blocks, D, 2, 4): S_d and A_d in blocks of 4 elements of their lower triangle by rows.
     terms: Tensor
     waves: Tensor  # (2, F, D)
-    weights: Tensor  # (blocks · 4,): 2 for an element below the diagonal, which stands for two
     n: int
 
 
@@ -127,31 +126,29 @@ def gram_symbols(blocks: Symbols) -> GramSymbols | None:
         return None
     n = min(blocks.kernels.shape[1:3])
     terms = _native.gram_terms(blocks.kernels.contiguous())
-    return GramSymbols(terms, *_constants(blocks.taps, blocks.grid, n), n)
+    return GramSymbols(terms, _gram_waves(blocks.taps, blocks.grid), n)
 
 
-_kept: dict[tuple[Pair, Pair, int], tuple[Tensor, Tensor]] = {}
+_kept: dict[tuple[Pair, Pair], Tensor] = {}
 _MOST_KEPT = 64
 
 
-def _constants(taps: Pair, grid: Pair, n: int) -> tuple[Tensor, Tensor]:
-    """Waves and weights of `GramSymbols`, constants of a layer that are kept between calls."""
+def _gram_waves(taps: Pair, grid: Pair) -> Tensor:
+    """Waves of `GramSymbols`, constants of a layer that are kept between calls."""
     if torch.compiler.is_compiling():
-        return _find_constants(taps, grid, n)
-    found = _kept.get((taps, grid, n))
+        return _find_waves(taps, grid)
+    found = _kept.get((taps, grid))
     if found is None:
-        found = _find_constants(taps, grid, n)
+        found = _find_waves(taps, grid)
         # Tensors that trace a call are of other types, and not for keeping.
-        if type(found[0]) is Tensor and len(_kept) < _MOST_KEPT:
-            _kept[taps, grid, n] = found
+        if type(found) is Tensor and len(_kept) < _MOST_KEPT:
+            _kept[taps, grid] = found
     return found
 
 
-def _find_constants(taps: Pair, grid: Pair, n: int) -> tuple[Tensor, Tensor]:
+def _find_waves(taps: Pair, grid: Pair) -> Tensor:
     shifts = torch.tensor(tap_shifts(taps))
-    weights = torch.full((_term_blocks(n) * 4,), 2.0, dtype=torch.float64)
-    weights[torch.arange(n).cumsum(0) + torch.arange(n)] = 1
-    return phases(half_spectrum(grid, shifts.device), shifts, grid), weights
+    return phases(half_spectrum(grid, shifts.device), shifts, grid)
 
 
 def _term_blocks(n: int) -> int:
@@ -162,6 +159,11 @@ def _term_blocks(n: int) -> int:
 def _(kernels: Tensor) -> Tensor:
     n, shifts = min(kernels.shape[1:3]), len(tap_shifts((kernels.shape[3], kernels.shape[4])))
     return kernels.new_empty(kernels.shape[0], _term_blocks(n), shifts, 2, 4)
+
+
+@torch.library.register_fake("tscnc_kernels::term_products")
+def _(terms: Tensor, n: int) -> Tensor:
+    return terms.new_empty(terms.shape[0], 2, *[terms.shape[2]] * 2, dtype=torch.float64)
 
 
 @torch.library.register_fake("tscnc_kernels::symbol_extremes")
@@ -175,7 +177,7 @@ def _(terms: Tensor, waves: Tensor, places: Tensor, levels: Tensor, n: int) -> T
 
 
 _native = torch.ops.tscnc_kernels
-for _name in ("gram_terms", "symbol_extremes", "symbol_floors"):
+for _name in ("gram_terms", "term_products", "symbol_extremes", "symbol_floors"):
     register_loop_vmap(_name, getattr(_native, _name))
 
 
@@ -218,12 +220,12 @@ def step_bounds(step: Tensor, grams: GramSymbols | None, frequencies: int) -> Te
     size = step.abs().amax()
     size = torch.where(size == 0, 1.0, size)
     step = step / size
-    terms, n = _native.gram_terms(step.float().contiguous()), grams.n
-    squares = torch.zeros((), dtype=torch.float64)
-    for parts, waves in zip(terms.unbind(3), grams.waves, strict=True):
-        flat = parts.transpose(1, 2).flatten(2).double()
-        products = (flat * grams.weights) @ flat.mT
-        squares = squares + ((waves @ products) * waves).sum(dim=-1).clamp(min=0)
+    n = grams.n
+    terms = _native.gram_terms(step.float().contiguous())
+    waves = grams.waves.unsqueeze(0)
+    squares = (
+        ((waves @ _native.term_products(terms, n)) * waves).sum(dim=-1).clamp(min=0).sum(dim=1)
+    )
     # Sums of so many products, each within as many units of ‖ΔK_k‖ ‖ΔK_l‖: the terms in float32,
     # the squares in float64.
     longest = step[0, 0, 0].numel() * max(step.shape[1:3])
