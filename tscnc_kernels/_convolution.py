@@ -38,13 +38,13 @@ def split(kernel: Tensor, groups: int, stride: Pair) -> Tensor:
     return phases.permute(0, 1, 2, 4, 6, 3, 5).reshape(groups, out // groups, -1, tall, wide)
 
 
-def half_spectrum(grid: Pair, device: torch.device) -> Tensor:
+def half_spectrum(grid: Pair) -> Tensor:
     """(F, 2) frequencies, one of each conjugate pair."""
     h, w = grid
     inner = torch.cartesian_prod(torch.arange(h), torch.arange(1, -(-w // 2)))
     own = torch.tensor([0] if w % 2 else [0, w // 2])
     edges = torch.cartesian_prod(torch.arange(h // 2 + 1), own)
-    return torch.cat([edges, inner]).to(device)
+    return torch.cat([edges, inner])
 
 
 def phases(frequencies: Tensor, places: Tensor, grid: Pair) -> Tensor:

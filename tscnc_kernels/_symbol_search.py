@@ -7,6 +7,7 @@ extreme singular values cannot have left, and only those are screened that may h
 Letters as in `_convolution`: G groups, O output and I input channels, F frequencies, D shifts.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -126,29 +127,34 @@ def gram_symbols(blocks: Symbols) -> GramSymbols | None:
         return None
     n = min(blocks.kernels.shape[1:3])
     terms = _native.gram_terms(blocks.kernels.contiguous())
-    return GramSymbols(terms, _gram_waves(blocks.taps, blocks.grid), n)
+    return GramSymbols(terms, _keep((blocks.taps, blocks.grid), _find_waves), n)
 
 
-_kept: dict[tuple[Pair, Pair], Tensor] = {}
-_MOST_KEPT = 64
+_kept: dict[tuple[Pair, ...], Tensor] = {}
+_MOST_KEPT = 128
 
 
-def _gram_waves(taps: Pair, grid: Pair) -> Tensor:
-    """Waves of `GramSymbols`, constants of a layer that are kept between calls."""
+def _keep(key: tuple[Pair, ...], find: Callable[..., Tensor]) -> Tensor:
+    """find(*key), a constant of a layer that is kept between calls."""
     if torch.compiler.is_compiling():
-        return _find_waves(taps, grid)
-    found = _kept.get((taps, grid))
+        return find(*key)
+    found = _kept.get(key)
     if found is None:
-        found = _find_waves(taps, grid)
+        found = find(*key)
         # Tensors that trace a call are of other types, and not for keeping.
         if type(found) is Tensor and len(_kept) < _MOST_KEPT:
-            _kept[taps, grid] = found
+            _kept[key] = found
     return found
+
+
+def frequencies_of(grid: Pair, device: torch.device) -> Tensor:
+    """(F, 2) frequencies of the half spectrum."""
+    return _keep((grid,), half_spectrum).to(device)
 
 
 def _find_waves(taps: Pair, grid: Pair) -> Tensor:
     shifts = torch.tensor(tap_shifts(taps))
-    return phases(half_spectrum(grid, shifts.device), shifts, grid)
+    return phases(half_spectrum(grid), shifts, grid)
 
 
 def _term_blocks(n: int) -> int:

@@ -90,7 +90,7 @@ SCREENED = {
 @pytest.mark.parametrize(("shape", "grid"), SCREENED.values(), ids=SCREENED)
 def test_native_screening_finds_the_ends_of_every_symbol(isa, shape, grid):
     kernels = kernel_of(*shape)
-    blocks = _symbol_search.Symbols(kernels, _convolution.half_spectrum(grid, kernels.device), grid)
+    blocks = _symbol_search.Symbols(kernels, _convolution.half_spectrum(grid), grid)
     grams = _symbol_search.gram_symbols(blocks)
     assert grams is not None
     waves = blocks.waves(blocks.frequencies)[:, None]

@@ -34,7 +34,6 @@ from tscnc_kernels._convolution import (
     UNIT,
     Pair,
     bound_steps,
-    half_spectrum,
     kernel_gram_bound,
     real_form,
     split,
@@ -45,6 +44,7 @@ from tscnc_kernels._symbol_search import (
     Symbols,
     certify_symbols,
     extreme_places,
+    frequencies_of,
     gram_symbols,
     intervals,
     screen_all,
@@ -133,7 +133,7 @@ def _circular(
     size = torch.where(size == 0, 1.0, size)
     kernel = kernel / size
     kernels = split(kernel, groups, stride)
-    blocks = Symbols(kernels, half_spectrum(grid, kernel.device), grid)
+    blocks = Symbols(kernels, frequencies_of(grid, kernel.device), grid)
     still = blocks._replace(kernels=kernels.detach())
     grams = gram_symbols(still)
     places = blocks.shape[0] * blocks.shape[1]
