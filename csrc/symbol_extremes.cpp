@@ -1,4 +1,4 @@
-// Gram matrices of a convolution's symbols and their extreme eigenvalues; Python side and formula:
+// The search for the extreme symbols of a convolution; Python side and formula:
 // tscnc_kernels/_symbol_search.py.
 #include "cpu/symbol_extremes.h"
 
@@ -7,10 +7,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
-#include "cpu/gram_terms.h"
 #include "scratch.h"
 
 namespace tscnc {
@@ -24,14 +26,6 @@ constexpr char kOp[] = "symbol_extremes";
 // Frequencies of one group that a thread takes at a time: whole vectors of every instruction set.
 constexpr int64_t kTask = 16;
 
-struct Shape {
-  int64_t groups, out, inner, rows, cols;
-};
-
-struct Task {
-  int64_t group, begin, end;  // of the sorted places
-};
-
 const double* doubles(const Tensor& tensor, int64_t dims, const char* name) {
   STD_TORCH_CHECK(
       tensor.dim() == dims && tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous(),
@@ -39,281 +33,237 @@ const double* doubles(const Tensor& tensor, int64_t dims, const char* name) {
   return static_cast<const double*>(tensor.const_data_ptr());
 }
 
-// Taps of one group's (out, inner, rows * cols) kernels for the Gram matrices of the smaller side.
-template <class T>
-Taps<T> pack_taps(const T* kernels, const Shape& shape, T* strips) {
-  const int64_t taps = shape.rows * shape.cols, n = std::min(shape.out, shape.inner);
-  const int64_t m = std::max(shape.out, shape.inner);
-  const int64_t tap_size = (n + kTapStrip<T> - 1) / kTapStrip<T> * kTapStrip<T> * m;
-  std::fill(strips, strips + taps * tap_size, T(0));
-  for (int64_t o = 0; o < shape.out; ++o) {
-    for (int64_t i = 0; i < shape.inner; ++i) {
-      const int64_t row = n == shape.inner ? o : i, col = n == shape.inner ? i : o;
-      T* target = strips + (col / kTapStrip<T> * m + row) * kTapStrip<T> + col % kTapStrip<T>;
-      for (int64_t tap = 0; tap < taps; ++tap) target[tap * tap_size] = *kernels++;
-    }
-  }
-  return {strips, shape.rows, shape.cols, m, n, tap_size};
-}
+using Places = std::vector<int64_t>;
 
-// Correlations C_d (shifts, n, n) as what GramTerms holds: S_d = C_d + C_d^T, A_d = C_d^T - C_d,
-// but S_0 = C_0.
-template <class T>
-void pack_terms(const T* source, int64_t shifts, int64_t n, T* packed) {
-  std::fill(packed, packed + term_blocks(n) * shifts * 2 * kTermElements, T(0));
-  int64_t element = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j <= i; ++j, ++element) {
-      T* block =
-          packed + element / kTermElements * shifts * 2 * kTermElements + element % kTermElements;
-      block[0] = source[i * n + j];
-      for (int64_t d = 1; d < shifts; ++d) {
-        const T here = source[(d * n + i) * n + j], there = source[(d * n + j) * n + i];
-        block[d * 2 * kTermElements] = here + there;
-        block[d * 2 * kTermElements + kTermElements] = there - here;
-      }
-    }
+// The symbols of all groups and frequencies; a place is a flat index among groups x frequencies.
+class Symbols {
+ public:
+  Symbols(const Tensor& terms, const Tensor& waves, int64_t n)
+      : terms_(doubles(terms, 5, "terms")),
+        cosines_(doubles(waves, 3, "waves")),
+        n_(n),
+        shifts_(terms.size(2)),
+        frequencies_(waves.size(1)),
+        group_size_(terms.size(1) * shifts_ * 2 * kTermElements),
+        places_(terms.size(0) * frequencies_) {
+    STD_TORCH_CHECK(n > 0 && terms.size(1) == term_blocks(n) && terms.size(3) == 2 &&
+                        terms.size(4) == kTermElements && waves.size(0) == 2 &&
+                        waves.size(2) == shifts_,
+                    kOp, ": expected what gram_terms returns and (2, frequencies, shifts) waves");
   }
-}
 
-// Calls run(y, x) for zero and one of each pair of shifts between taps, in tap_shifts' order.
-template <class Run>
-void for_each_shift(const Shape& shape, const Run& run) {
-  for (int64_t down = 0; down < shape.rows; ++down) {
-    for (int64_t right = down == 0 ? 0 : 1 - shape.cols; right < shape.cols; ++right) {
-      run(down, right);
+  int64_t places() const { return places_; }
+
+  // Signed square roots of the extreme eigenvalues: the largest of all places, then the smallest.
+  std::vector<double> extremes(const Places& places) const {
+    const size_t count = places.size();
+    std::vector<double> found(2 * count), result(2 * count);
+    const auto kernel = TSCNC_SELECT(symbol_extremes);
+    const Places order = run(places, [&](const GramTerms& gram, const Places& chosen,
+                                         const Task& task, double* scratch) {
+      kernel(gram, chosen.data() + task.begin, task.end - task.begin, found.data() + task.begin,
+             found.data() + count + static_cast<size_t>(task.begin), scratch);
+    });
+    const auto root = [](double x) { return x < 0 ? -std::sqrt(-x) : std::sqrt(x); };
+    for (size_t i = 0; i < count; ++i) {
+      const size_t target = static_cast<size_t>(order[i]);
+      result[target] = root(found[i]);
+      result[count + target] = root(found[count + i]);
     }
+    return result;
   }
-}
 
-template <class T>
-void gram_terms_of(const T* kernels, const Shape& shape, T* packed) {
-  struct Piece {
-    int64_t down, right, row, correlation;
+  // Whether the smallest singular value at each place is proven to be at least its level.
+  std::vector<bool> proven(const Places& places, const std::vector<double>& levels) const {
+    std::vector<double> squares(places.size());
+    std::vector<unsigned char> found(places.size());
+    const auto kernel = TSCNC_SELECT(symbol_floors);
+    const Places order = sorted(places);
+    for (size_t i = 0; i < places.size(); ++i) {
+      const double level = levels[static_cast<size_t>(order[i])];
+      squares[i] = level * level;
+    }
+    run(places,
+        [&](const GramTerms& gram, const Places& chosen, const Task& task, double* scratch) {
+          kernel(gram, chosen.data() + task.begin, squares.data() + task.begin,
+                 task.end - task.begin, found.data() + task.begin, scratch);
+        });
+    std::vector<bool> result(places.size());
+    for (size_t i = 0; i < found.size(); ++i) result[static_cast<size_t>(order[i])] = found[i] != 0;
+    return result;
+  }
+
+ private:
+  struct Task {
+    int64_t group, begin, end;  // of the sorted places
   };
-  const int64_t n = std::min(shape.out, shape.inner);
-  const int64_t size = shape.out * shape.inner * shape.rows * shape.cols;
-  std::vector<Piece> pieces;
-  int64_t shifts = 0;
-  for_each_shift(shape, [&](int64_t down, int64_t right) {
-    for (int64_t row = 0; row < n; row += kTermRows) {
-      pieces.push_back({down, right, row, shifts * n * n});
-    }
-    ++shifts;
-  });
-  std::vector<T> strips(
-      static_cast<size_t>(size / n * (n + kTapStrip<T> - 1) / kTapStrip<T> * kTapStrip<T>));
-  std::vector<T> correlations(static_cast<size_t>(shifts * n * n));
-  const auto kernel = TSCNC_SELECT(correlate<T>);
-  for (int64_t group = 0; group < shape.groups; ++group) {
-    const Taps<T> taps = pack_taps(kernels + group * size, shape, strips.data());
-    torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 8,
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    const Piece& piece = pieces[static_cast<size_t>(i)];
-                                    kernel(taps, piece.down, piece.right, piece.row,
-                                           correlations.data() + piece.correlation);
-                                  }
-                                });
-    pack_terms(correlations.data(), shifts, n,
-               packed + group * term_blocks(n) * shifts * 2 * kTermElements);
-  }
-}
 
-// (groups, blocks, shifts, 2, kTermElements) terms of (groups, out, inner, rows, cols) kernels.
-Tensor gram_terms_cpu(Tensor kernels) {
-  STD_TORCH_CHECK(kernels.dim() == 5 && kernels.numel() > 0 && kernels.is_contiguous(),
-                  "gram_terms: expected contiguous kernels of 5 dimensions");
-  const Shape shape{kernels.size(0), kernels.size(1), kernels.size(2), kernels.size(3),
-                    kernels.size(4)};
-  int64_t shifts = 0;
-  for_each_shift(shape, [&](int64_t, int64_t) { ++shifts; });
-  const int64_t blocks = term_blocks(std::min(shape.out, shape.inner));
-  Tensor packed =
-      torch::stable::empty({shape.groups, blocks, shifts, 2, kTermElements}, kernels.scalar_type());
-  if (kernels.scalar_type() == ScalarType::Double) {
-    gram_terms_of(static_cast<const double*>(kernels.const_data_ptr()), shape,
-                  static_cast<double*>(packed.mutable_data_ptr()));
-  } else {
-    STD_TORCH_CHECK(kernels.scalar_type() == ScalarType::Float,
-                    "gram_terms: expected float32 or float64 kernels");
-    gram_terms_of(static_cast<const float*>(kernels.const_data_ptr()), shape,
-                  static_cast<float*>(packed.mutable_data_ptr()));
+  static Places sorted(const Places& places) {
+    Places order(places.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return places[static_cast<size_t>(a)] < places[static_cast<size_t>(b)];
+    });
+    return order;
   }
-  return packed;
-}
 
-// The places sorted, in tasks of one group each.
-std::vector<Task> tasks_of(const int64_t* place, const std::vector<int64_t>& order,
-                           int64_t frequencies, std::vector<int64_t>& chosen) {
-  std::vector<Task> tasks;
-  for (size_t i = 0; i < order.size(); ++i) {
-    const int64_t at = place[order[i]], group = at / frequencies, here = static_cast<int64_t>(i);
-    if (tasks.empty() || tasks.back().group != group || here - tasks.back().begin == kTask) {
-      tasks.push_back({group, here, here});
+  // Calls body(terms of the group, frequencies of the sorted places, task, workspace) on torch's
+  // threads and returns the order.
+  template <class Body>
+  Places run(const Places& places, const Body& body) const {
+    const Places order = sorted(places);
+    Places chosen;
+    std::vector<Task> tasks;
+    for (const int64_t index : order) {
+      const int64_t place = places[static_cast<size_t>(index)], group = place / frequencies_;
+      const int64_t here = static_cast<int64_t>(chosen.size());
+      if (tasks.empty() || tasks.back().group != group || here - tasks.back().begin == kTask) {
+        tasks.push_back({group, here, here});
+      }
+      tasks.back().end = here + 1;
+      chosen.push_back(place % frequencies_);
     }
-    tasks.back().end = here + 1;
-    chosen.push_back(at % frequencies);
+    const int64_t workspace = TSCNC_SELECT(symbol_extremes_workspace)(n_, shifts_);
+    const auto work = [&](int64_t begin, int64_t end) {
+      double* scratch = thread_scratch().reserve<double>(workspace);
+      for (int64_t i = begin; i < end; ++i) {
+        const Task& task = tasks[static_cast<size_t>(i)];
+        body(GramTerms{terms_ + task.group * group_size_, cosines_,
+                       cosines_ + frequencies_ * shifts_, n_, shifts_},
+             chosen, task, scratch);
+      }
+    };
+    torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, work);
+    return order;
   }
-  return tasks;
-}
 
-// (groups, 2, shifts, shifts) Frobenius products of the S_d and of the A_d of (groups, blocks,
-// shifts, 2, kTermElements) terms in float32, of n x n matrices.
-Tensor term_products_cpu(Tensor terms, int64_t n) {
-  STD_TORCH_CHECK(terms.dim() == 5 && terms.scalar_type() == ScalarType::Float &&
-                      terms.is_contiguous() && n > 0 && terms.size(1) == term_blocks(n) &&
-                      terms.size(3) == 2 && terms.size(4) == kTermElements,
-                  "term_products: expected what gram_terms returns of float32 kernels");
-  const int64_t groups = terms.size(0), blocks = terms.size(1), shifts = terms.size(2);
-  Tensor result = torch::stable::empty({groups, 2, shifts, shifts}, ScalarType::Double);
-  double* products = static_cast<double*>(result.mutable_data_ptr());
-  std::fill(products, products + result.numel(), 0.0);
-  const float* term = static_cast<const float*>(terms.const_data_ptr());
-  std::vector<double> wide(static_cast<size_t>(shifts * 2 * kTermElements)), scaled(wide.size());
-  for (int64_t group = 0; group < groups; ++group, products += 2 * shifts * shifts) {
-    int64_t row = 0, diagonal = 0;
-    for (int64_t block = 0; block < blocks; ++block, term += shifts * 2 * kTermElements) {
-      // An element below the diagonal stands for two.
-      double weights[kTermElements];
-      for (int64_t e = 0; e < kTermElements; ++e) {
-        const bool own = block * kTermElements + e == diagonal;
-        weights[e] = own ? 1 : 2;
-        if (own) diagonal += ++row + 1;
-      }
-      for (size_t i = 0; i < wide.size(); ++i) {
-        wide[i] = term[i];
-        scaled[i] = wide[i] * weights[i % kTermElements];
-      }
-      for (int64_t part = 0; part < 2; ++part) {
-        double* target = products + part * shifts * shifts;
-        for (int64_t d = 0; d < shifts; ++d) {
-          const double* left = scaled.data() + (2 * d + part) * kTermElements;
-          for (int64_t other = 0; other <= d; ++other) {
-            const double* right = wide.data() + (2 * other + part) * kTermElements;
-            double sum = 0;
-            for (int64_t e = 0; e < kTermElements; ++e) sum += left[e] * right[e];
-            target[d * shifts + other] += sum;
-          }
-        }
-      }
-    }
-    for (int64_t part = 0; part < 2; ++part) {
-      double* target = products + part * shifts * shifts;
-      for (int64_t d = 0; d < shifts; ++d) {
-        for (int64_t other = d + 1; other < shifts; ++other) {
-          target[d * shifts + other] = target[other * shifts + d];
-        }
-      }
-    }
+  const double *terms_, *cosines_;
+  int64_t n_, shifts_, frequencies_, group_size_, places_;
+};
+
+// (2, k) largest and smallest singular values at (k,) places, of squares below 0 their negative.
+Tensor symbol_extremes_cpu(Tensor terms, Tensor waves, Tensor places, int64_t n) {
+  const Symbols symbols(terms, waves, n);
+  STD_TORCH_CHECK(
+      places.dim() == 1 && places.scalar_type() == ScalarType::Long && places.is_contiguous(), kOp,
+      ": expected places to be contiguous int64 of one dimension");
+  const int64_t* place = static_cast<const int64_t*>(places.const_data_ptr());
+  const Places chosen(place, place + places.numel());
+  for (const int64_t at : chosen) {
+    STD_TORCH_CHECK(at >= 0 && at < symbols.places(), kOp, ": place ", at, " is not one of ",
+                    symbols.places());
   }
+  const std::vector<double> found = symbols.extremes(chosen);
+  Tensor result = torch::stable::empty({2, places.numel()}, ScalarType::Double);
+  std::copy(found.begin(), found.end(), static_cast<double*>(result.mutable_data_ptr()));
   return result;
 }
 
-// Places sorted by group and frequency, and what the kernels read of the tensors.
-struct Work {
-  const double *terms, *cosines;
-  int64_t n, shifts, frequencies, group_size, count;
-  std::vector<int64_t> order, chosen;
-  std::vector<Task> tasks;
+// What is known of every place, as `Intervals` of the Python side.
+struct Intervals {
+  double *upper, *lower, *center;
+  bool* exact;
+  int64_t count;
 
-  Work(const Tensor& terms_tensor, const Tensor& waves, const Tensor& places, int64_t n_)
-      : terms(doubles(terms_tensor, 5, "terms")),
-        cosines(doubles(waves, 3, "waves")),
-        n(n_),
-        shifts(terms_tensor.size(2)),
-        frequencies(waves.size(1)),
-        group_size(terms_tensor.size(1) * shifts * 2 * kTermElements),
-        count(places.numel()) {
-    STD_TORCH_CHECK(n > 0 && terms_tensor.size(1) == term_blocks(n) && terms_tensor.size(3) == 2 &&
-                        terms_tensor.size(4) == kTermElements && waves.size(0) == 2 &&
-                        waves.size(2) == shifts,
-                    kOp, ": expected what gram_terms returns and (2, frequencies, shifts) waves");
-    STD_TORCH_CHECK(
-        places.dim() == 1 && places.scalar_type() == ScalarType::Long && places.is_contiguous(),
-        kOp, ": expected places to be contiguous int64 of one dimension");
-    const int64_t* place = static_cast<const int64_t*>(places.const_data_ptr());
-    const int64_t all = terms_tensor.size(0) * frequencies;
+  // After a step by at most `bound`. What was not known may be anything.
+  void move(const double* before, const double* bound) const {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    const auto known = [](double x, double other) { return x == x ? x : other; };
     for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(place[i] >= 0 && place[i] < all, kOp, ": place ", place[i], " is not one of ",
-                      all);
+      upper[i] = known(before[i] + bound[i], kInfinity);
+      lower[i] = known(before[count + i] - bound[i], -kInfinity);
+      center[i] = known(before[2 * count + i], -kInfinity);
+      exact[i] = false;
     }
-    order.resize(static_cast<size_t>(count));
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return place[a] < place[b]; });
-    tasks = tasks_of(place, order, frequencies, chosen);
   }
 
-  // Calls run(terms of the group, task, workspace) on torch's threads.
-  template <class Run>
-  void for_each_task(const Run& run) const {
-    const int64_t workspace = TSCNC_SELECT(symbol_extremes_workspace)(n, shifts);
-    torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1,
-                                [&](int64_t begin, int64_t end) {
-                                  double* scratch = thread_scratch().reserve<double>(workspace);
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    const Task& task = tasks[static_cast<size_t>(i)];
-                                    run(GramTerms{terms + task.group * group_size, cosines,
-                                                  cosines + frequencies * shifts, n, shifts},
-                                        task, scratch);
-                                  }
-                                });
+  // Places of the `first` largest upper and the `first` smallest lower bounds.
+  Places promising(int64_t first) const {
+    Places places(static_cast<size_t>(count)), chosen;
+    std::iota(places.begin(), places.end(), 0);
+    const auto middle = places.begin() + std::min(first, count);
+    std::partial_sort(places.begin(), middle, places.end(), [&](int64_t a, int64_t b) {
+      return upper[a] != upper[b] ? upper[a] > upper[b] : a < b;
+    });
+    chosen.assign(places.begin(), middle);
+    std::partial_sort(places.begin(), middle, places.end(), [&](int64_t a, int64_t b) {
+      return lower[a] != lower[b] ? lower[a] < lower[b] : a < b;
+    });
+    chosen.insert(chosen.end(), places.begin(), middle);
+    return chosen;
+  }
+
+  void compute(const Symbols& symbols, const Places& places) const {
+    const std::vector<double> found = symbols.extremes(places);
+    for (size_t i = 0; i < places.size(); ++i) {
+      const int64_t at = places[i];
+      upper[at] = found[i];
+      lower[at] = center[at] = found[places.size() + i];
+      exact[at] = true;
+    }
   }
 };
 
-// (2, k) largest and smallest eigenvalues at k flat places among groups x frequencies.
-Tensor symbol_extremes_cpu(Tensor terms, Tensor waves, Tensor places, int64_t n) {
-  const Work work(terms, waves, places, n);
-  const int64_t count = work.count;
-  std::vector<double> found(static_cast<size_t>(2 * count));
-  const auto kernel = TSCNC_SELECT(symbol_extremes);
-  work.for_each_task([&](const GramTerms& gram, const Task& task, double* scratch) {
-    kernel(gram, work.chosen.data() + task.begin, task.end - task.begin, found.data() + task.begin,
-           found.data() + count + task.begin, scratch);
-  });
-  Tensor result = torch::stable::empty({2, count}, ScalarType::Double);
-  double* out = static_cast<double*>(result.mutable_data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t target = work.order[static_cast<size_t>(i)];
-    out[target] = found[static_cast<size_t>(i)];
-    out[count + target] = found[static_cast<size_t>(count + i)];
+// The Python side's `screen_warm`, with its constants as arguments: (3, places) intervals after a
+// step by at most (places,) bounds, and which of them are exact.
+std::tuple<Tensor, Tensor> symbol_step_cpu(Tensor terms, Tensor waves, Tensor before, Tensor bound,
+                                           int64_t n, int64_t first, double error, double zero,
+                                           double drift) {
+  const Symbols symbols(terms, waves, n);
+  const int64_t count = symbols.places();
+  const double* old = doubles(before, 2, "before");
+  const double* step = doubles(bound, 1, "bound");
+  STD_TORCH_CHECK(
+      before.size(0) == 3 && before.size(1) == count && bound.numel() == count && first > 0, kOp,
+      ": expected (3, places) intervals and a bound per place");
+  Tensor after = torch::stable::empty({3, count}, ScalarType::Double);
+  Tensor exact = torch::stable::empty({count}, ScalarType::Bool);
+  double* upper = static_cast<double*>(after.mutable_data_ptr());
+  const Intervals known{upper, upper + count, upper + 2 * count,
+                        static_cast<bool*>(exact.mutable_data_ptr()), count};
+  known.move(old, step);
+  const Places chosen = known.promising(first);
+  known.compute(symbols, chosen);
+  double best = known.upper[chosen[0]], least = known.lower[chosen[0]];
+  for (const int64_t at : chosen) {
+    best = std::max(best, known.upper[at]);
+    least = std::min(least, known.lower[at]);
   }
-  return result;
-}
-
-// (k,) whether the smallest eigenvalue at k places is proven to be at least the (k,) levels.
-Tensor symbol_floors_cpu(Tensor terms, Tensor waves, Tensor places, Tensor levels, int64_t n) {
-  const Work work(terms, waves, places, n);
-  const double* level = doubles(levels, 1, "levels");
-  STD_TORCH_CHECK(levels.numel() == work.count, kOp, ": expected one level per place");
-  std::vector<double> sorted;
-  for (const int64_t source : work.order) sorted.push_back(level[source]);
-  std::vector<unsigned char> proven(static_cast<size_t>(work.count));
-  const auto kernel = TSCNC_SELECT(symbol_floors);
-  work.for_each_task([&](const GramTerms& gram, const Task& task, double* scratch) {
-    kernel(gram, work.chosen.data() + task.begin, sorted.data() + task.begin, task.end - task.begin,
-           proven.data() + task.begin, scratch);
-  });
-  Tensor result = torch::stable::empty({work.count}, ScalarType::Bool);
-  bool* out = static_cast<bool*>(result.mutable_data_ptr());
-  for (size_t i = 0; i < proven.size(); ++i) out[work.order[i]] = proven[i] != 0;
-  return result;
+  Places left, tested;
+  std::vector<double> levels;
+  for (int64_t i = 0; i < count; ++i) {
+    if (known.exact[i]) continue;
+    if (known.upper[i] > best * (1 + error)) {
+      left.push_back(i);
+    } else if (known.lower[i] < least * (1 - error) && least > zero * best) {
+      // Nothing is below zero.
+      tested.push_back(i);
+      levels.push_back(std::max(known.center[i] - drift * step[i], least * (1 - error / 2)));
+    }
+  }
+  const std::vector<bool> proven = symbols.proven(tested, levels);
+  for (size_t i = 0; i < tested.size(); ++i) {
+    if (proven[i]) {
+      known.lower[tested[i]] = levels[i];
+    } else {
+      left.push_back(tested[i]);
+    }
+  }
+  known.compute(symbols, left);
+  return {after, exact};
 }
 
 }  // namespace
 }  // namespace tscnc
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
-  m.def("gram_terms(Tensor kernels) -> Tensor");
-  m.def("term_products(Tensor terms, int n) -> Tensor");
   m.def("symbol_extremes(Tensor terms, Tensor waves, Tensor places, int n) -> Tensor");
-  m.def("symbol_floors(Tensor terms, Tensor waves, Tensor places, Tensor levels, int n) -> Tensor");
+  m.def(
+      "symbol_step(Tensor terms, Tensor waves, Tensor before, Tensor bound, int n, int first, "
+      "float error, float zero, float drift) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
-  m.impl("gram_terms", TORCH_BOX(&tscnc::gram_terms_cpu));
-  m.impl("term_products", TORCH_BOX(&tscnc::term_products_cpu));
   m.impl("symbol_extremes", TORCH_BOX(&tscnc::symbol_extremes_cpu));
-  m.impl("symbol_floors", TORCH_BOX(&tscnc::symbol_floors_cpu));
+  m.impl("symbol_step", TORCH_BOX(&tscnc::symbol_step_cpu));
 }

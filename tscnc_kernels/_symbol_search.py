@@ -177,13 +177,15 @@ def _(terms: Tensor, waves: Tensor, places: Tensor, n: int) -> Tensor:
     return terms.new_empty(2, places.shape[0])
 
 
-@torch.library.register_fake("tscnc_kernels::symbol_floors")
-def _(terms: Tensor, waves: Tensor, places: Tensor, levels: Tensor, n: int) -> Tensor:
-    return places.new_empty(places.shape, dtype=torch.bool)
+@torch.library.register_fake("tscnc_kernels::symbol_step")
+def _(
+    terms: Tensor, waves: Tensor, before: Tensor, bound: Tensor, n: int, *_constants: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(before), torch.empty_like(bound, dtype=torch.bool)
 
 
 _native = torch.ops.tscnc_kernels
-for _name in ("gram_terms", "term_products", "symbol_extremes", "symbol_floors"):
+for _name in ("gram_terms", "term_products", "symbol_extremes", "symbol_step"):
     register_loop_vmap(_name, getattr(_native, _name))
 
 
@@ -195,7 +197,7 @@ def screen_all(blocks: Symbols, grams: GramSymbols | None) -> Intervals:
     """Largest and smallest singular values of all blocks."""
     if grams is not None:
         places = torch.arange(blocks.shape[0] * blocks.shape[1])
-        largest, smallest = _screen(blocks, grams, places)
+        largest, smallest = _native.symbol_extremes(grams.terms, grams.waves, places, grams.n)
         return Intervals(largest, smallest, smallest)
     found = []
     for waves in blocks.chunks():
@@ -204,10 +206,8 @@ def screen_all(blocks: Symbols, grams: GramSymbols | None) -> Intervals:
     return Intervals(largest, smallest, smallest)
 
 
-def _screen(blocks: Symbols, grams: GramSymbols | None, places: Tensor) -> Tensor:
+def _screen(blocks: Symbols, places: Tensor) -> Tensor:
     """(2, k) largest and smallest singular values of the blocks at these places."""
-    if grams is not None:
-        return _signed_root(_native.symbol_extremes(grams.terms, grams.waves, places, grams.n))
     found = []
     for some in places.split(blocks.chunk(blocks.kernels[0, 0, 0].numel())):
         real, imaginary = blocks.at(some)
@@ -245,33 +245,29 @@ def screen_warm(
 ) -> tuple[Intervals, Tensor]:
     """The intervals after a step of the blocks by at most `bound`, and which of them are exact.
 
-    First the most promising blocks are computed, then all that may hold an extreme still. Those
-    that only may hold the smallest are proven not to by a Cholesky factorisation where it succeeds,
-    which costs a quarter and gives a new lower bound.
+    First the most promising blocks are computed, then all that may hold an extreme still. The
+    native kernel first tries to prove, by a Cholesky factorisation, that a block does not hold the
+    smallest: that costs a quarter and gives a new lower bound.
     """
+    if grams is not None:
+        constants = grams.n, _FIRST, _WARM_ERROR, _ZERO, _DRIFT
+        after, exact = _native.symbol_step(
+            grams.terms, grams.waves, torch.stack(before), bound, *constants
+        )
+        return Intervals(*after), exact
     upper, lower, center = before.moved(bound)
     exact = torch.zeros_like(upper, dtype=torch.bool)
     count = min(_FIRST, upper.numel())
     places = torch.cat([upper.topk(count).indices, lower.topk(count, largest=False).indices])
-    for last in (False, True):
-        found = _screen(blocks, grams, places)
+    for _ in range(2):
+        found = _screen(blocks, places)
         upper, lower = upper.scatter(0, places, found[0]), lower.scatter(0, places, found[1])
         center, exact = center.scatter(0, places, found[1]), exact.scatter(0, places, True)
-        if last:
-            break
         best, least = upper[exact].amax(), lower[exact].amin()
-        above = (upper > best * (1 + _WARM_ERROR)) & ~exact
+        above = upper > best * (1 + _WARM_ERROR)
         # Nothing is below zero.
-        below = (lower < least * (1 - _WARM_ERROR)) & (least > _ZERO * best) & ~exact & ~above
-        places = below.nonzero().flatten()
-        if grams is not None:
-            levels = (center - _DRIFT * bound)[places].clamp(min=least * (1 - _WARM_ERROR / 2))
-            proven = _native.symbol_floors(
-                grams.terms, grams.waves, places, levels.square(), grams.n
-            )
-            lower = lower.scatter(0, places[proven], levels[proven])
-            places = places[~proven]
-        places = torch.cat([places, above.nonzero().flatten()])
+        below = (lower < least * (1 - _WARM_ERROR)) & (least > _ZERO * best)
+        places = ((above | below) & ~exact).nonzero().flatten()
     return Intervals(upper, lower, center), exact
 
 

@@ -42,6 +42,7 @@ CIRCULAR = {
     "strides, groups, even kernel": ((4, 2, 5, 2), (6, 9), (3, 3), 2),
     "depthwise": ((6, 1, 3, 3), (4, 4), 1, 6),
     "kernel larger than the image": ((4, 2, 7, 7), (4, 4), 2, 1),
+    "kernel as large as the image": ((3, 3, 7, 7), (7, 7), 1, 1),
     "1 x 1 kernel": ((2, 2, 1, 1), (3, 3), 1, 1),
     "1 x 1 image": ((2, 2, 2, 2), (1, 1), 1, 1),
     "two strides": ((6, 3, 3, 3), (8, 6), (2, 1), 1),
@@ -98,7 +99,8 @@ def test_native_screening_finds_the_ends_of_every_symbol(isa, shape, grid):
     found = torch.stack(_symbol_search.screen_all(blocks, grams)[:2])
     check_close(found, torch.stack([values[..., 0], values[..., -1]]).flatten(1), 1e-10, "ends")
     places = torch.tensor([3, 0, 3, blocks.shape[1] * shape[0] - 1])
-    assert torch.equal(_symbol_search._screen(blocks, grams, places), found[:, places])
+    some = torch.ops.tscnc_kernels.symbol_extremes(grams.terms, grams.waves, places, grams.n)
+    assert torch.equal(some, found[:, places])
     bounds = _symbol_search.step_bounds(kernels, grams, blocks.shape[1])
     schatten = values.pow(4).sum(dim=-1).pow(0.25).flatten()
     assert (bounds >= schatten).all() and (bounds <= 1.05 * schatten).all()
@@ -128,15 +130,6 @@ def test_backends_agree(step):
             reference = conv_singular_values(moved, (8, 10), stride=2, state=warm)
         assert native.sigma_max.item() == pytest.approx(reference.sigma_max.item(), rel=1e-9)
         assert native.sigma_min.item() == pytest.approx(reference.sigma_min.item(), rel=1e-9)
-
-
-def test_a_large_kernel_on_a_small_image_is_screened_too():
-    kernel = kernel_of(3, 3, 7, 7)
-    found = conv_singular_values(kernel, 7)
-    expected = ends(operator(kernel, (7, 7)))
-    assert (found.sigma_max.item(), found.sigma_min.item()) == pytest.approx(
-        [end.item() for end in expected], rel=1e-9
-    )
 
 
 @pytest.mark.parametrize(
@@ -230,19 +223,24 @@ def test_warm_start_of_nan_finds_all():
     assert warm.sigma_max == cold.sigma_max and warm.sigma_min == cold.sigma_min
 
 
-def test_warm_start_looks_at_few_frequencies(monkeypatch):
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_warm_start_looks_at_few_frequencies(monkeypatch, backend):
     kernel = kernel_of(4, 4, 3, 3)
-    state = conv_singular_values(kernel, 32).state
     counts = []
-    whole = _symbol_search._screen
+    whole = _symbol_search.screen_warm
 
-    def counted(blocks, grams, places):
-        counts.append(places.numel())
-        return whole(blocks, grams, places)
+    def counted(*args):
+        intervals, exact = whole(*args)
+        counts.append(exact.sum().item())
+        return intervals, exact
 
-    monkeypatch.setattr(_symbol_search, "_screen", counted)
-    conv_singular_values(kernel + 1e-4 * kernel_of(4, 4, 3, 3, seed=1), 32, state=state)
-    assert 0 < sum(counts) < (32 * 32 // 2 + 2) / 4
+    monkeypatch.setattr("tscnc_kernels.ops.conv_singular_values.screen_warm", counted)
+    with use_backend(backend):
+        state = conv_singular_values(kernel, 32).state
+        for seed in range(4):
+            kernel = kernel + 1e-4 * kernel_of(4, 4, 3, 3, seed=seed)
+            state = conv_singular_values(kernel, 32, state=state).state
+    assert len(counts) == 4 and 0 < max(counts) < (32 * 32 // 2 + 2) / 4
 
 
 def direct_kernel_gram(kernel, steps):
