@@ -33,6 +33,10 @@ SHAPES = [
     (64, 64, 64),
 ]
 MODES = ("forward", "forward_backward")
+Function = Callable[[Tensor, Tensor], Tensor]
+# Its default number of steps is too small for PROPACK to return anything.
+SCIPY_TOLERANCE, SCIPY_STEPS = 1e-3, 300
+SCIPY = {f"scipy svds {solver.upper()}": solver for solver in ("arpack", "propack")}
 
 
 def _inputs(
@@ -100,9 +104,37 @@ def _lobpcg(weight: Tensor, starts: Tensor) -> Tensor:
     return torch.lobpcg(tall.mT @ tall, X=starts, niter=20)[0][:, 0].sqrt()
 
 
-def _prepare(
-    function: Callable[[Tensor, Tensor], Tensor], case: Case, weight: Tensor, starts: Tensor
-) -> Call:
+def _prepare_scipy(solver: str, case: Case, weight: Tensor, starts: Tensor) -> Call:
+    try:
+        import numpy
+        from scipy.sparse import linalg
+    except ImportError as error:
+        raise UnavailableError("the package scipy is not installed") from error
+    if case.mode != "forward" or len(weight) > 1 or weight.device.type != "cpu":
+        raise UnavailableError("one matrix on the CPU, without gradient")
+    tall, start = _tall(weight.detach())[0].numpy(), starts.flatten().numpy()
+    if solver == "propack":
+        start = tall @ start
+
+    def call() -> Tensor:
+        try:
+            values = linalg.svds(
+                tall,
+                k=1,
+                v0=start,
+                solver=solver,
+                tol=SCIPY_TOLERANCE,
+                maxiter=SCIPY_STEPS,
+                return_singular_vectors=False,
+            )
+        except (linalg.ArpackError, numpy.linalg.LinAlgError) as error:
+            raise UnavailableError(f"no result: {error}") from error
+        return torch.tensor(values[:1].copy())
+
+    return call
+
+
+def _prepare(function: Function, case: Case, weight: Tensor, starts: Tensor) -> Call:
     if case.mode == "forward":
         frozen = weight.detach()
         return lambda: function(frozen, starts)
@@ -149,11 +181,17 @@ PROVIDERS = [
         ("torch lobpcg 20", _lobpcg),
     )
 ]
+PROVIDERS += [Provider(name, partial(_prepare_scipy, solver)) for name, solver in SCIPY.items()]
 
 
-def run(argv: Sequence[str] | None = None) -> None:
+def essential(case: Case, provider: Provider) -> bool:
+    """The norms alone of all but the largest matrix."""
+    return case in QUICK or (case.mode == "forward" and case.shape != "2048x2048")
+
+
+def run(argv: Sequence[str] | None = None) -> list[harness.results.Row]:
     """Measure and print; see `--help`."""
-    harness.main(CASES, PROVIDERS, QUICK, argv)
+    return harness.main(CASES, PROVIDERS, QUICK, argv, essential)
 
 
 if __name__ == "__main__":

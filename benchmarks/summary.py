@@ -8,13 +8,13 @@ peer at eight sparsities.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import results, targets
 from benchmarks.results import Row
-from benchmarks.targets import SPARSITIES, Target
+from benchmarks.targets import SPARSITIES, SpectralTarget, Target
 
 # The ceiling has torch's batch norm as well.
 UNFUSED = "ours, torch's batch norm"
@@ -39,8 +39,17 @@ class Times:
     def ratio(self, target: Target, shape: str, sparsity: float) -> float | None:
         """The best peer's time over ours, or None where one of them is missing."""
         case = self.by_case.get((target.op, target.mode, shape, target.dtype, sparsity, 1), {})
-        peers = [case[name] for name in target.peers if name in case]
-        return min(peers) / case[target.ours] if peers and target.ours in case else None
+        return _best(case, target.peers, target.ours)
+
+    def spectral_ratio(self, target: SpectralTarget) -> float | None:
+        """The same of a spectral op."""
+        key = (target.op, target.mode, target.shape, "float32", target.sparsity, 1)
+        return _best(self.by_case.get(key, {}), target.peers, target.ours)
+
+
+def _best(case: Mapping[str, float], peers: Sequence[str], ours: str) -> float | None:
+    found = [case[name] for name in peers if name in case]
+    return min(found) / case[ours] if found and ours in case else None
 
 
 def table(times: Times, chosen: Sequence[Target], only_measured: bool = False) -> list[str]:
@@ -57,9 +66,22 @@ def table(times: Times, chosen: Sequence[Target], only_measured: bool = False) -
                 for ratio, s in zip(ratios, SPARSITIES, strict=True)
             ]
             rows.append([target.name, shape, *cells])
-    if not rows:
-        return []
     head = ["reached/target", "shape", *(f"{100 * s:g} %" for s in SPARSITIES)]
+    return _aligned(head, rows) if rows else []
+
+
+def spectral(times: Times, only_measured: bool = False) -> list[str]:
+    """One line per case of the spectral ops."""
+    rows = []
+    for target in targets.SPECTRAL:
+        ratio = times.spectral_ratio(target)
+        if ratio is not None or not only_measured:
+            rows.append([target.name, target.op, target.shape, _cell(ratio, target.ratio)])
+    return _aligned(["reached/target", "op", "shape", "vs best peer"], rows) if rows else []
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return [
@@ -165,6 +187,9 @@ def report(rows: Sequence[Row], only_measured: bool = False) -> list[str]:
     shown = table(times, targets.INFORMATION, only_measured=True)
     if shown:
         lines += ["", "Without a target:", "", *shown]
+    ends = spectral(times, only_measured)
+    if ends:
+        lines += ["", "Spectra, the best accurate peer's time over ours:", "", *ends]
     for title, found in (
         ("Slower than dense", slower_than_dense(times)),
         ("Slower although sparser", rising_times(times)),

@@ -1,4 +1,4 @@
-"""What the sparse layers are to reach: ratios of times in one run, one thread unless said.
+"""What the sparse layers and the spectral ops are to reach: ratios of times in one run, one thread.
 
 A target is a row of the table per shape: by how much ours is to be faster than the best of `peers`,
 at each sparsity. `shapes` holds the share of the table that a shape is to reach: a small layer's
@@ -126,3 +126,94 @@ INFORMATION = (
     ),
 )
 DENSE = {"masked_linear": "F.linear", "masked_conv2d": "F.conv2d"}
+
+
+@dataclass(frozen=True)
+class SpectralTarget:
+    """By how much ours is to be faster than the best peer that is as accurate, in one case."""
+
+    name: str
+    op: str
+    mode: str
+    shape: str
+    ratio: float | None
+    sparsity: float = 0.0
+    ours: str = "native"
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Backends of the case that the ratio is taken to."""
+        return SPECTRAL_PEERS[self.op]
+
+
+# The gate of the benchmarks leaves out what is not accurate, in its own case.
+SPECTRAL_PEERS = {
+    "extreme_singular_values": ("torch svdvals", "gram32 + eigvalsh", "gram64 + eigvalsh"),
+    "conv_spectrum": (
+        "full fft + svdvals",
+        "half spectrum + svdvals",
+        "half, gram64 + eigvalsh",
+        "gram iteration",
+    ),
+    "gram_iteration": (
+        "float32 gram iteration",
+        "power iteration 50",
+        "torch svdvals",
+        "gram32 + eigvalsh",
+        "torch lobpcg 20",
+        "scipy svds ARPACK",
+        "scipy svds PROPACK",
+    ),
+}
+_ENDS, _CONV = "extreme_singular_values", "64-64-3x3-on-32"
+
+
+def _ends(
+    shape: str, cold: float | None, warm: float | None, sparsity: float = 0.0
+) -> list[SpectralTarget]:
+    pruned = f", {100 * sparsity:g} % pruned" if sparsity else ""
+    return [
+        SpectralTarget(f"both ends{pruned}, {name}", _ENDS, mode, shape, ratio, sparsity)
+        for name, mode, ratio in (("cold", "forward", cold), ("warm", "warm", warm))
+        if ratio is not None
+    ]
+
+
+SPECTRAL = (
+    *_ends("64x576", 2.0, 10),
+    *_ends("128x1152", 1.7, 9),
+    *_ends("256x2304", 1.8, 14),
+    *_ends("512x4608", 2.0, 17),
+    *_ends("512x4608", 6.8, 68, 0.95),
+    *_ends("512x512", 3.3, 4.3),
+    *_ends("2048x2048", 3.0, None),
+    *_ends("2048x2048", 5.9, None, 0.95),
+    *_ends("4096x4096", 2.7, None),
+    *[t for n in ("256x32x32", "64x64x64", "64x128x128") for t in _ends(n, 2.6, 9)],
+    *[
+        SpectralTarget("sigma_max alone, warm", _ENDS, "warm_max", f"{n}x{n}", ratio)
+        for n, ratio in ((512, 85), (2048, 147), (4096, 160))
+    ],
+    SpectralTarget("log kappa and gradient, cold", _ENDS, "forward_backward", "resnet-18", 5.3),
+    SpectralTarget(
+        "log kappa and gradient, 95 % pruned", _ENDS, "forward_backward", "resnet-18", 11, 0.95
+    ),
+    SpectralTarget("log kappa and gradient, warm", _ENDS, "warm_forward_backward", "resnet-18", 37),
+    *[
+        SpectralTarget(
+            f"convolution, {name}", "conv_spectrum", mode, _CONV, ratio, ours="conv_singular_values"
+        )
+        for name, mode, ratio in (
+            ("both ends, cold", "forward", 3.5),
+            ("both ends, warm", "warm", 28),
+            ("both ends and gradient", "forward_backward", None),
+            ("sigma_max", "max", None),
+        )
+    ],
+    *[
+        SpectralTarget(
+            "Gram iteration", "gram_iteration", "forward", shape, None, ours="gram_iteration"
+        )
+        for shape in ("64x576", "512x4608", "512x512", "64x64x64")
+    ],
+)

@@ -38,19 +38,17 @@ def split(kernel: Tensor, groups: int, stride: Pair) -> Tensor:
     return phases.permute(0, 1, 2, 4, 6, 3, 5).reshape(groups, out // groups, -1, tall, wide)
 
 
-def half_spectrum(grid: Pair, device: torch.device) -> Tensor:
+def half_spectrum(grid: Pair) -> Tensor:
     """(F, 2) frequencies, one of each conjugate pair."""
     h, w = grid
     inner = torch.cartesian_prod(torch.arange(h), torch.arange(1, -(-w // 2)))
     own = torch.tensor([0] if w % 2 else [0, w // 2])
     edges = torch.cartesian_prod(torch.arange(h // 2 + 1), own)
-    return torch.cat([edges, inner]).to(device)
+    return torch.cat([edges, inner])
 
 
-def phases(frequencies: Tensor, taps: Pair, grid: Pair) -> Tensor:
-    """(2, F, T) cosines and sines of k·θ; a kernel larger than the grid wraps around it."""
-    places = torch.cartesian_prod(torch.arange(taps[0]), torch.arange(taps[1]))
-    places = places.to(frequencies.device)
+def phases(frequencies: Tensor, places: Tensor, grid: Pair) -> Tensor:
+    """(2, F, T) cosines and sines of k·θ for (T, 2) places k; those off the grid wrap around it."""
     # Whole turns are dropped in integers, where it costs no digits.
     turns = [
         (frequencies[:, side, None] * places[:, side] % grid[side]).double() / grid[side]
@@ -58,6 +56,18 @@ def phases(frequencies: Tensor, taps: Pair, grid: Pair) -> Tensor:
     ]
     angle = 2 * math.pi * (turns[0] + turns[1])
     return torch.stack([angle.cos(), angle.sin()])
+
+
+def tap_places(taps: Pair, device: torch.device) -> Tensor:
+    """(T, 2) places of a kernel's taps."""
+    return torch.cartesian_prod(torch.arange(taps[0]), torch.arange(taps[1])).to(device)
+
+
+def tap_shifts(taps: Pair) -> list[Pair]:
+    """What two taps can lie apart, one of each pair d, −d, zero first."""
+    return [(0, right) for right in range(taps[1])] + [
+        (down, right) for down in range(1, taps[0]) for right in range(1 - taps[1], taps[1])
+    ]
 
 
 def symbols(kernels: Tensor, waves: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import torch
 
 from tests.op_suite import check_close
 from tscnc_kernels.ops.condition_number_penalty import condition_number_penalty
+from tscnc_kernels.ops.conv_singular_values import conv_singular_values
 from tscnc_kernels.sparsity import SparsityPattern
 
 GOLDEN = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
@@ -280,3 +281,66 @@ PATTERN = SparsityPattern.from_mask(torch.ones(2, 3, dtype=torch.bool))
 def test_bad_input_is_named(matrices, kwargs, error, message):
     with pytest.raises(error, match=message):
         condition_number_penalty(matrices, **kwargs)
+
+
+KERNEL = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("operator", ["circular", "zeros"])
+def test_log_kappa_of_operators_is_that_of_their_ends(operator):
+    kernel, matrix = KERNEL.clone().requires_grad_(), GOLDEN.clone().requires_grad_()
+    penalty = condition_number_penalty(
+        [kernel, matrix, kernel],
+        form="log_kappa",
+        operator=operator,
+        input_sizes=[(6, 4), None, 5],
+        strides=[2, 1, 1],
+        tau=0.0,
+    )
+    ends = [
+        conv_singular_values(kernel, (6, 4), operator, 2),
+        conv_singular_values(kernel, 5, operator),
+    ]
+    expected = sum((end.sigma_max / end.sigma_min).log() for end in ends) + math.log(18.52130534)
+    assert penalty.item() == pytest.approx(expected.item(), rel=1e-7)
+    found = torch.autograd.grad(penalty, [kernel, matrix])
+    check_close(found[0], torch.autograd.grad(expected, kernel)[0], 1e-9, "gradient")
+    assert found[1].norm() > 0
+
+
+def test_operators_leave_out_pruned_channels_and_take_groups_and_states():
+    mask = torch.rand(KERNEL.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask[1], mask[:, 2] = False, False
+    options = {"form": "log_kappa", "operator": "circular", "input_sizes": [6]}
+    pattern = SparsityPattern.from_mask(mask)
+    penalty = condition_number_penalty([KERNEL], [pattern], **options)
+    live = (KERNEL * mask)[[0, 2, 3]][:, :2]
+    assert penalty == condition_number_penalty([live], **options)
+    state = conv_singular_values(live, 6).state
+    warm = condition_number_penalty([KERNEL], [pattern], [state], **options)
+    assert warm.item() == pytest.approx(penalty.item(), rel=1e-6)
+    grouped = condition_number_penalty([KERNEL], groups=[2], **options)
+    ends = conv_singular_values(KERNEL, 6, groups=2)
+    assert grouped.item() == pytest.approx((ends.sigma_max / ends.sigma_min).log().item(), rel=1e-6)
+    nothing = SparsityPattern.from_mask(torch.zeros_like(mask))
+    assert condition_number_penalty([KERNEL], [nothing], **options) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"operator": "torus"}, ValueError, "got 'torus'"),
+        ({"operator": "circular", "form": "nenov"}, ValueError, "got form 'nenov'"),
+        ({"operator": "circular"}, ValueError, r"input_sizes\[0\] is missing"),
+        ({"operator": "zeros", "input_sizes": [None]}, ValueError, r"shape \(4, 3, 3, 3\)"),
+        ({"operator": "circular", "input_sizes": [4, 4]}, ValueError, "got 2 for 1"),
+        ({"operator": "circular", "input_sizes": [4], "groups": []}, ValueError, "got 0 for 1"),
+        ({"operator": "circular", "input_sizes": [5], "strides": [2]}, ValueError, "divides"),
+        ({"operator": "zeros", "input_sizes": [300]}, ValueError, "has no bound"),
+        ({"input_sizes": [4]}, ValueError, "input_sizes belong to convolutions"),
+        ({"state": [None]}, TypeError, "got list"),
+    ],
+)
+def test_bad_operators_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        condition_number_penalty([KERNEL], **{"form": "log_kappa", **options})

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from tests.op_suite import check_close
 from tests.spectra import gaussian
-from tscnc_kernels import _convolution
+from tscnc_kernels import _convolution, _symbol_search, use_backend
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT
 from tscnc_kernels.ops.conv_singular_values import conv_singular_values
 
@@ -42,6 +42,7 @@ CIRCULAR = {
     "strides, groups, even kernel": ((4, 2, 5, 2), (6, 9), (3, 3), 2),
     "depthwise": ((6, 1, 3, 3), (4, 4), 1, 6),
     "kernel larger than the image": ((4, 2, 7, 7), (4, 4), 2, 1),
+    "kernel as large as the image": ((3, 3, 7, 7), (7, 7), 1, 1),
     "1 x 1 kernel": ((2, 2, 1, 1), (3, 3), 1, 1),
     "1 x 1 image": ((2, 2, 2, 2), (1, 1), 1, 1),
     "two strides": ((6, 3, 3, 3), (8, 6), (2, 1), 1),
@@ -75,6 +76,75 @@ def test_values_gradients_and_intervals_are_the_operators(padding, shape, size, 
         assert lower <= exact.item() * (1 + 1e-14) and exact.item() * (1 - 1e-14) <= upper
         assert upper - lower <= 1e-3 * upper
     assert found.flags.item() == 0
+
+
+# Shape of the kernels (groups, out, in, rows, cols), grid.
+SCREENED = {
+    "square": ((1, 20, 20, 3, 3), (7, 8)),
+    "tall": ((2, 19, 5, 3, 1), (6, 5)),
+    "wide, groups": ((3, 4, 9, 2, 4), (10, 9)),
+    "one channel": ((5, 1, 1, 3, 3), (8, 8)),
+    "more than a strip": ((1, 33, 40, 1, 2), (3, 4)),
+}
+
+
+@pytest.mark.parametrize(("shape", "grid"), SCREENED.values(), ids=SCREENED)
+def test_native_screening_finds_the_ends_of_every_symbol(isa, shape, grid):
+    kernels = kernel_of(*shape)
+    blocks = _symbol_search.Symbols(kernels, _convolution.half_spectrum(grid), grid)
+    grams = _symbol_search.gram_symbols(blocks)
+    assert grams is not None
+    waves = blocks.waves(blocks.frequencies)[:, None]
+    values = torch.linalg.svdvals(torch.complex(*_convolution.symbols(kernels, waves)))
+    found = torch.stack(_symbol_search.screen_all(blocks, grams)[:2])
+    check_close(found, torch.stack([values[..., 0], values[..., -1]]).flatten(1), 1e-10, "ends")
+    places = torch.tensor([3, 0, 3, blocks.shape[1] * shape[0] - 1])
+    some = torch.ops.tscnc_kernels.symbol_extremes(grams.terms, grams.waves, places, grams.n)
+    assert torch.equal(some, found[:, places])
+    bounds = _symbol_search.step_bounds(kernels, grams, blocks.shape[1])
+    schatten = values.pow(4).sum(dim=-1).pow(0.25).flatten()
+    assert (bounds >= schatten).all() and (bounds <= 1.05 * schatten).all()
+
+
+def test_native_screening_of_extreme_kernels(isa):
+    def ends_of(kernel, size):
+        found = conv_singular_values(kernel, size)
+        return found.sigma_max.item(), found.sigma_min.item()
+
+    delta = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
+    delta[range(4), range(4), 1, 1] = 3.0
+    assert ends_of(delta, 8) == pytest.approx((3.0, 3.0), rel=1e-12)
+    assert ends_of(torch.zeros(4, 4, 3, 3), 8) == (0.0, 0.0)
+    constant = torch.ones(1, 1, 3, 3, dtype=torch.float64)
+    assert ends_of(constant, 9) == pytest.approx((9.0, 0.0), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-3, 1e-1])
+def test_backends_agree(step):
+    kernel = kernel_of(6, 4, 3, 3)
+    state = conv_singular_values(kernel, (8, 10), stride=2).state
+    moved = kernel + step * kernel_of(6, 4, 3, 3, seed=1)
+    for warm in (None, state):
+        native = conv_singular_values(moved, (8, 10), stride=2, state=warm)
+        with use_backend("reference"):
+            reference = conv_singular_values(moved, (8, 10), stride=2, state=warm)
+        assert native.sigma_max.item() == pytest.approx(reference.sigma_max.item(), rel=1e-9)
+        assert native.sigma_min.item() == pytest.approx(reference.sigma_min.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("terms", "waves", "places", "message"),
+    [
+        (torch.zeros(1, 1, 1, 2, 4), torch.zeros(2, 3, 1), torch.zeros(1).int(), "int64"),
+        (torch.zeros(1, 1, 1, 2, 4), torch.zeros(2, 3, 1), torch.tensor([3]), "place 3"),
+        (torch.zeros(1, 1, 1, 2, 4), torch.zeros(2, 3, 1), torch.tensor([-1]), "place -1"),
+        (torch.zeros(1, 2, 1, 2, 4), torch.zeros(2, 3, 1), torch.tensor([0]), "gram_terms"),
+        (torch.zeros(1, 1, 1, 2, 4), torch.zeros(2, 3, 2), torch.tensor([0]), "gram_terms"),
+    ],
+)
+def test_the_raw_op_refuses_what_would_read_outside(terms, waves, places, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.tscnc_kernels.symbol_extremes(terms.double(), waves.double(), places, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -153,23 +223,24 @@ def test_warm_start_of_nan_finds_all():
     assert warm.sigma_max == cold.sigma_max and warm.sigma_min == cold.sigma_min
 
 
-def test_warm_start_looks_at_few_frequencies(monkeypatch):
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_warm_start_looks_at_few_frequencies(monkeypatch, backend):
     kernel = kernel_of(4, 4, 3, 3)
-    state = conv_singular_values(kernel, 32).state
     counts = []
-    whole = _convolution.extreme_squares
+    whole = _symbol_search.screen_warm
 
-    def counted(real, imaginary):
-        counts.append(real.shape[:-2].numel())
-        return whole(real, imaginary)
+    def counted(*args):
+        intervals, exact = whole(*args)
+        counts.append(exact.sum().item())
+        return intervals, exact
 
-    monkeypatch.setattr("tscnc_kernels._symbol_search.extreme_squares", counted)
-    conv_singular_values(kernel, 32)
-    cold = sum(counts)
-    counts.clear()
-    conv_singular_values(kernel + 1e-4 * kernel_of(4, 4, 3, 3, seed=1), 32, state=state)
-    assert cold == 32 * 32 // 2 + 2
-    assert sum(counts) < cold / 4
+    monkeypatch.setattr("tscnc_kernels.ops.conv_singular_values.screen_warm", counted)
+    with use_backend(backend):
+        state = conv_singular_values(kernel, 32).state
+        for seed in range(4):
+            kernel = kernel + 1e-4 * kernel_of(4, 4, 3, 3, seed=seed)
+            state = conv_singular_values(kernel, 32, state=state).state
+    assert len(counts) == 4 and 0 < max(counts) < (32 * 32 // 2 + 2) / 4
 
 
 def direct_kernel_gram(kernel, steps):

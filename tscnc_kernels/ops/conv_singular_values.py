@@ -14,8 +14,8 @@ in complex128; the extreme blocks then go through `extreme_singular_values` in t
 which gives values, gradients and certificates that do not rest on a Gram matrix.
 
 A warm start holds the last kernel and an interval for every frequency. By Weyl's inequality a step
-ΔK moves no singular value by more than ‖ΔK‖, which the kernel-Gram bound limits: frequencies that
-cannot hold an extreme are left out, and the result is as exact as a cold one.
+ΔK moves no singular value by more than ‖ΔD(θ)‖ ≤ ‖ΔD(θ)*ΔD(θ)‖_F^½: frequencies that cannot hold an
+extreme are left out, and the result is as exact as a cold one.
 
 Source: Sedghi, Gupta, Long, arXiv 1805.10408 (circular); Delattre et al., arXiv 2305.16173 and
 2402.00240 (Gram iteration, zero padding); Senderovich et al., arXiv 2204.07741 (strides). The
@@ -31,22 +31,25 @@ from torch.nn import functional
 
 from tscnc_kernels._checks import check_floating
 from tscnc_kernels._convolution import (
+    UNIT,
     Pair,
     bound_steps,
-    half_spectrum,
     kernel_gram_bound,
-    phases,
     real_form,
     split,
 )
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT, REFACTORED, SHIFTED, Bounds
 from tscnc_kernels._symbol_search import (
+    Intervals,
     Symbols,
     certify_symbols,
     extreme_places,
+    frequencies_of,
+    gram_symbols,
     intervals,
     screen_all,
     screen_warm,
+    step_bounds,
 )
 from tscnc_kernels.ops.extreme_singular_values import extreme_singular_values
 from tscnc_kernels.ops.gram_iteration import round_up
@@ -130,36 +133,49 @@ def _circular(
     size = torch.where(size == 0, 1.0, size)
     kernel = kernel / size
     kernels = split(kernel, groups, stride)
-    frequencies = half_spectrum(grid, kernel.device)
-    blocks = Symbols(kernels, phases(frequencies, (kernels.shape[3], kernels.shape[4]), grid))
-    still = Symbols(kernels.detach(), blocks.waves)
+    blocks = Symbols(kernels, frequencies_of(grid, kernel.device), grid)
+    still = blocks._replace(kernels=kernels.detach())
+    grams = gram_symbols(still)
     places = blocks.shape[0] * blocks.shape[1]
     if state is not None:
-        _check_state(state, 2 * places + kernel.numel(), kernel.device)
-    known = None
+        _check_state(state, 3 * places + kernel.numel(), kernel.device)
     if state is None or certify:
-        upper, lower = screen_all(still)
+        known = screen_all(still, grams)
+        high, low, _ = known
     else:
         old = state.detach() / size
-        step = split(kernel.detach() - old[2 * places :].reshape(kernel.shape), groups, stride)
-        moved = kernel_gram_bound(step, 2).repeat_interleave(blocks.shape[1])
-        high, low = old[: 2 * places].chunk(2)
-        upper, lower, known = screen_warm(still, high + moved, low - moved)
-    high = upper if known is None else torch.where(known, upper, -torch.inf)
-    low = lower if known is None else torch.where(known, lower, torch.inf)
-    real, imaginary = blocks.at(extreme_places(still, high, low))
-    found = extreme_singular_values([*real_form(real, imaginary)[:, 0]], certify=certify)
-    largest, smallest = found.sigma_max[0], found.sigma_min[1]
+        step = split(kernel.detach() - old[3 * places :].reshape(kernel.shape), groups, stride)
+        bound = step_bounds(step, grams, blocks.shape[1])
+        before = Intervals(*old[: 3 * places].chunk(3))
+        known, exact = screen_warm(still, grams, before, bound)
+        high = torch.where(exact, known.upper, -torch.inf)
+        low = torch.where(exact, known.lower, torch.inf)
+    chosen = extreme_places(still, high, low)
+    if certify or (torch.is_grad_enabled() and kernel.requires_grad):
+        pair = [*real_form(*blocks.at(chosen))[:, 0]]
+        found = extreme_singular_values(pair, certify=certify)
+        largest, smallest, ends = found.sigma_max[0], found.sigma_min[1], found.bounds
+        flags = _any_flag(found.flags)
+    else:
+        largest, ends = high.amax(), None
+        smallest, flags = _smallest(*still.at(chosen[1:]))
     unsure = (smallest > 0) & (smallest < _RESOLVED * largest)
-    flags = _any_flag(found.flags) | torch.where(unsure, CAP_REACHED, 0)
+    flags = flags | torch.where(unsure, CAP_REACHED, 0)
     bounds = None
-    if found.bounds is not None:
-        certified = certify_symbols(still, found.bounds, largest.detach(), smallest.detach())
+    if ends is not None:
+        certified = certify_symbols(still, ends, largest.detach(), smallest.detach())
         bounds = certified._replace(
             sigma_max=certified.sigma_max * size, sigma_min=certified.sigma_min * size
         )
-    saved = torch.cat([upper, lower, kernel.detach().flatten()]) * size
+    saved = torch.cat([*known, kernel.detach().flatten()]) * size
     return ConvSingularValues(largest * size, smallest * size, flags, saved, bounds)
+
+
+def _smallest(real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
+    """σ_min of a block and its flags: what rounding hides is 0."""
+    values = torch.linalg.svdvals(torch.complex(real, imaginary)[0, 0])
+    deficient = values[-1] <= 4 * max(real.shape) * UNIT * values[0]
+    return torch.where(deficient, 0.0, values[-1]), torch.where(deficient, RANK_DEFICIENT, 0)
 
 
 def _any_flag(flags: Tensor) -> Tensor:
