@@ -95,12 +95,25 @@ struct Patterns {
   Tensors masks, structures, row_pointers, columns;
 };
 
-void take_rows(const Tensor& pointers, const Tensor& columns, SpectralMatrix* a) {
-  if (pointers.numel() == 0) return;
+// The compressed rows, if given.
+bool take_rows(const Patterns& patterns, size_t i, SpectralMatrix* a) {
+  const Tensor &pointers = patterns.row_pointers[i], &columns = patterns.columns[i];
+  if (pointers.numel() == 0) return false;
   STD_TORCH_CHECK(pointers.numel() == a->rows + 1, kOp, ": expected ", a->rows + 1,
                   " row pointers, got ", pointers.numel());
+  a->nnz = columns.numel();
   a->row_begin = pointer_data(kOp, pointers, a->nnz, "row_pointers");
   a->entry_column = bounded_index(kOp, columns, a->nnz, a->cols, "columns");
+  return true;
+}
+
+// The factorisations walk the mask itself, in room for as many entries as the rows have.
+void check_masks(const std::vector<Job>& jobs, const std::vector<size_t>& some) {
+  for (const size_t i : some) {
+    const SpectralMatrix& a = jobs[i].matrix;
+    STD_TORCH_CHECK(a.row_begin == nullptr || count_true(a.mask, a.rows * a.cols) == a.nnz, kOp,
+                    ": expected the compressed rows of the mask");
+  }
 }
 
 // The jobs point into themselves and must not be moved afterwards.
@@ -131,8 +144,9 @@ std::vector<Job> make_jobs(const Tensors& matrices, const Patterns& patterns, bo
     if (!masks.empty() && masks[i].numel() > 0) {
       check_same_shape(matrix, masks[i]);
       a.mask = static_cast<const bool*>(masks[i].const_data_ptr());
-      a.nnz = count_true(a.mask, a.rows * a.cols);
-      if (!patterns.columns.empty()) take_rows(patterns.row_pointers[i], patterns.columns[i], &a);
+      if (patterns.columns.empty() || !take_rows(patterns, i, &a)) {
+        a.nnz = count_true(a.mask, a.rows * a.cols);
+      }
       if (!structures.empty()) keep_live(structures[i], structural, &job);
     }
     job.row_offset = packing->rows;
@@ -286,6 +300,7 @@ Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors str
       return solved;
     });
   }
+  check_masks(jobs, left_over);
   const auto factorisations = TSCNC_SELECT(extreme_singular_values);
   run_jobs(jobs, std::move(left_over), [&](size_t i, double* workspace) {
     SpectralResult result = result_of(i);
