@@ -1,8 +1,9 @@
 // The extreme singular values and vectors of one tall matrix, in its own compressed coordinates.
 //
-// v comes from the fp64 Gram matrix (largest) and from the inverse of its Cholesky factor
-// (smallest); the singular value is |Av| on A itself, which squares the error of v, and is never
-// read off the Gram matrix.
+// v comes from the tridiagonal form of the Gram matrix where that is small, in fp32 where A is well
+// conditioned; elsewhere from Krylov spaces of the fp64 Gram matrix (largest) and of the inverse of
+// its Cholesky factor (smallest). The singular value is |Av| on A itself, which squares the error
+// of v, and is never read off the Gram matrix.
 #pragma once
 
 #include "direct_extremes.h"
