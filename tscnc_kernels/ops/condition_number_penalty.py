@@ -113,7 +113,11 @@ def _from_singular_values(
     tau: float,
 ) -> Tensor:
     found = extreme_singular_values(
-        matrices, patterns, state, rank="full" if patterns is None else "structural"
+        matrices,
+        patterns,
+        state,
+        rank="full" if patterns is None else "structural",
+        ends="max" if form == "nenov" else "both",
     )
     largest, smallest = found.sigma_max.double(), found.sigma_min.double()
     live = matrices
