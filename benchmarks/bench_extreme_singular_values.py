@@ -30,6 +30,8 @@ WARM_STEP = 1e-3
 # Convolution weights as (out, in · kh · kw), and the square layers of the multi-layer perceptrons.
 SQUARES = [(512, 512), (2048, 2048)]
 LAYERS = [(64, 576), (128, 1152), (256, 2304), (512, 4608), (512, 512), (1024, 1024)]
+# Many small matrices of one side: how many, and the side.
+BATCHES = [(256, 32), (64, 64), (64, 128)]
 RESNET_18 = [
     (64, 147),
     *[(64, 576)] * 4,
@@ -241,6 +243,11 @@ def _case(shapes: Sequence[tuple[int, int]], name: str, mode: str, sparsity: flo
     )
 
 
+def _batch_cases(count: int, side: int) -> list[Case]:
+    shapes, name = [(side, side)] * count, f"{count}x{side}x{side}"
+    return [_case(shapes, name, mode) for mode in ("forward", "warm")]
+
+
 def _layer_cases(shape: tuple[int, int]) -> list[Case]:
     name = f"{shape[0]}x{shape[1]}"
     return [
@@ -252,6 +259,8 @@ def _layer_cases(shape: tuple[int, int]) -> list[Case]:
 
 CASES = [
     *[case for shape in LAYERS for case in _layer_cases(shape)],
+    *[_case([(2048, 2048)], "2048x2048", "forward", sparsity) for sparsity in (0.0, 0.95)],
+    *[case for batch in BATCHES for case in _batch_cases(*batch)],
     *[
         _case([shape], f"{shape[0]}x{shape[1]}", mode)
         for shape in SQUARES

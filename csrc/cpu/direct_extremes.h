@@ -7,9 +7,6 @@
 
 namespace tscnc::TSCNC_ISA {
 
-// Scratch of direct_extremes: fp64 elements besides symmetric_size(n).
-constexpr int64_t direct_scratch(int64_t ld) { return 28 * ld; }
-
 struct DirectResult {
   double values[4];  // largest, second, smallest, second smallest eigenvalue
   int64_t ties[2];   // per end, counted up to n
@@ -28,9 +25,22 @@ inline void copy_blocks(const double* g, int64_t ld, int64_t n, double scale, T*
   }
 }
 
+// Makes two rows orthonormal, the second zero where n is 1; false where they are almost parallel.
+inline bool orthonormalise(double* rows, int64_t ld, int64_t n) {
+  double* second = rows + ld;
+  if (normalise(rows, ld) == 0) return false;
+  if (n == 1) {
+    std::memset(second, 0, static_cast<size_t>(ld) * sizeof(double));
+    return true;
+  }
+  if (normalise(second, ld) == 0) return false;
+  add_scaled(second, -dot(rows, second, ld), rows, ld);
+  return normalise(second, ld) > 0.1;
+}
+
 // The two vectors of each end into `top` and `bottom`, two rows each; false where two vectors of
 // one end come out parallel. close: relative width of the eigenvalues' intervals. tie_gap: as in
-// krylov.h, for the matrix and its inverse.
+// krylov.h, for the matrix and its inverse. square: symmetric_size(n), scratch: 24 ld.
 template <class T>
 inline bool direct_extremes(const double* g, int64_t ld, int64_t n, double trace, double close,
                             double tie_gap, double* square, double* scratch, double* top,
@@ -58,23 +68,15 @@ inline bool direct_extremes(const double* g, int64_t ld, int64_t n, double trace
   result->ties[0] = counts[0] < n ? n - counts[0] : 1;
   result->ties[1] = counts[1] > 0 ? counts[1] : 1;
   twisted_vectors(n, d, e, squared, result->values, 0x1p-100 * bound, z, ld, pivots);
-  for (int q = 0; q < 4; ++q) {
-    double* row = z + q * ld;
-    if (q % 2 == 1 && n == 1) std::memset(row, 0, static_cast<size_t>(ld) * sizeof(double));
-    if (q % 2 == 1 && n == 1) break;
-    bool usable = normalise(row, ld) > 0;
-    if (q % 2 == 1) {
-      add_scaled(row, -dot(row - ld, row, ld), row - ld, ld);
-      usable = usable && normalise(row, ld) > 0.1;
-    }
-    if (!usable) return false;
-  }
+  if (!orthonormalise(z, ld, n) || !orthonormalise(z + 2 * ld, ld, n)) return false;
   for (int64_t i = 0; i < 4 * ld; ++i) vectors[i] = static_cast<T>(z[i]);
   reflect_back(a, ld, n, tau, vectors);
   for (int64_t i = 0; i < 2 * ld; ++i) {
     top[i] = static_cast<double>(vectors[i]);
     bottom[i] = static_cast<double>(vectors[2 * ld + i]);
   }
+  // T's rounding has left vectors of almost length 1.
+  if (!orthonormalise(top, ld, n) || !orthonormalise(bottom, ld, n)) return false;
   for (double& value : result->values) value /= scale;
   return true;
 }

@@ -1,8 +1,9 @@
 // The extreme singular values and vectors of one tall matrix, in its own compressed coordinates.
 //
-// v comes from the fp64 Gram matrix (largest) and from the inverse of its Cholesky factor
-// (smallest); the singular value is |Av| on A itself, which squares the error of v, and is never
-// read off the Gram matrix.
+// v comes from the tridiagonal form of the Gram matrix where that is small, in fp32 where A is well
+// conditioned; elsewhere from Krylov spaces of the fp64 Gram matrix (largest) and of the inverse of
+// its Cholesky factor (smallest). The singular value is |Av| on A itself, which squares the error
+// of v, and is never read off the Gram matrix.
 #pragma once
 
 #include "direct_extremes.h"
@@ -147,7 +148,7 @@ class ExtremeVectors {
     const double condition = single_ ? kSingleCondition : kDirectCondition;
     if (!(value[0] <= condition * condition * value[2])) return false;
     if (found.ties[0] > 2 || found.ties[1] > 2) return false;
-    measure();
+    measure(rounded_);
     for (int end = 0; end < 2; ++end) {
       ties[end] = found.ties[end];
       const double apart = std::fabs(value[2 * end + 1] / value[2 * end] - 1);
@@ -300,13 +301,16 @@ class ExtremeVectors {
   }
 
   // Both ends in one pass over A: singular values as |Av|, the two leading vectors of each end
-  // turned into each other's optimum. Leaves v in work.x and u in work.y, two rows per end.
-  void measure() {
+  // turned into each other's optimum. Leaves v in work.x and u in work.y, two rows per end. lanes:
+  // A's condition allows fp32 products.
+  void measure(bool lanes = false) {
     const int64_t ld = work.ld, stride = work.long_stride;
     copy(work.x, block(0), 2 * ld);
     copy(work.x + 2 * ld, block(1), 2 * ld);
     zero(work.y, 4 * stride);
-    multiply_both(a, work.x, work.y, stride, work.z, ld, work.panel);
+    if (!lanes || !multiply_in_lanes()) {
+      multiply_both(a, work.x, work.y, stride, work.z, ld, work.panel);
+    }
     for (int end = 0; end < 2; ++end) {
       if (a.n > 1) turn_pair(end);
       double *x = work.x + 2 * end * ld, *y = work.y + 2 * end * stride;
@@ -321,6 +325,30 @@ class ExtremeVectors {
       residual[end] = std::sqrt(squares);
       for (int64_t i = 0; i < stride; ++i) y[i] *= inverse;
     }
+  }
+
+  // multiply_both in one fused pass of fp32 products; false where the stored matrix is not A.
+  bool multiply_in_lanes() {
+    if (a.sparse || a.short_kept != nullptr || a.long_kept != nullptr) return false;
+    const int64_t ld = work.lane_ld, stride = work.lane_stride;
+    dispatch_dtype(source_.dtype, [&](auto* tag) {
+      using T = std::remove_pointer_t<decltype(tag)>;
+      if constexpr (!std::is_same_v<T, double>) {
+        for (int q = 0; q < 4; ++q) {
+          for (int64_t j = 0; j < ld; ++j) {
+            work.lane_x[q * ld + j] = j < a.n ? static_cast<float>(work.x[q * work.ld + j]) : 0;
+          }
+        }
+        const FusedPass<T, 4> pass(source_, nullptr, work.lanes);
+        pass.run(work.lane_x, work.lane_y, stride, work.z, work.ld);
+      }
+    });
+    for (int q = 0; q < 4; ++q) {
+      for (int64_t i = 0; i < a.m; ++i) {
+        work.y[q * work.long_stride + i] = static_cast<double>(work.lane_y[q * stride + i]);
+      }
+    }
+    return true;
   }
 
   // One Jacobi rotation of the pair (x0, x1) that makes A x0 and A x1 orthogonal, the extreme one

@@ -2,6 +2,7 @@
 // pieces.
 #pragma once
 
+#include "fused_pass.h"
 #include "krylov.h"
 #include "tall_matrix.h"
 
@@ -42,7 +43,8 @@ struct ForwardWorkspace {
   double *gram, *factor, *panel, *packed, *basis, *block, *x, *z, *y, *null_space;
   SparseRows rows;
   int32_t* position;
-  int64_t size;
+  float *lane_x, *lane_y, *lanes;  // of one fused pass in fp32, for types narrower than fp64
+  int64_t lane_ld, lane_stride, size;
 
   ForwardWorkspace(const SpectralMatrix& a, double* base) {
     const int64_t m = a.kept_row_count > a.kept_col_count ? a.kept_row_count : a.kept_col_count;
@@ -64,6 +66,13 @@ struct ForwardWorkspace {
     rows.column = reinterpret_cast<int32_t*>(pieces.take((a.nnz + 1) / 2));
     rows.value = pieces.take(a.nnz);
     position = reinterpret_cast<int32_t*>(pieces.take((a.rows + a.cols + 1) / 2));
+    lane_ld = lane_length(n);
+    lane_stride = lane_length(m);
+    const bool narrow = a.dtype != DType::float64;
+    lane_x = reinterpret_cast<float*>(pieces.take(narrow ? 2 * lane_ld : 0));
+    lane_y = reinterpret_cast<float*>(pieces.take(narrow ? 2 * lane_stride : 0));
+    lanes = reinterpret_cast<float*>(
+        pieces.take(narrow ? (FusedPass<float, 4>::scratch_size(a) + 1) / 2 : 0));
     size = pieces.size();
   }
 };
