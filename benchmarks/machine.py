@@ -40,13 +40,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the short commit of the working tree, `-dirty` when tracked files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Return the short commit of the working tree, `-dirty` when tracked files differ from it.
+
+    The results do not count: they change with every row that is saved.
+    """
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    code = [".", ":!benchmarks/results"]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         )
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
+        differs = [*git, "diff", "--quiet", "HEAD", "--", *code]
+        changed = subprocess.run(differs, check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("-dirty" if changed else "")

@@ -1,12 +1,13 @@
 """The harness refuses wrong results, keeps one row per measurement, and draws from CSV alone."""
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import harness, plot, results
+from benchmarks import harness, machine, plot, results
 from benchmarks.gate import disagreement
 from benchmarks.harness import Case, Provider, Timed, UnavailableError
 from benchmarks.results import Row
@@ -170,3 +171,20 @@ def test_figures_come_from_the_csv_alone(tmp_path: Path):
     assert {figure.name for figure in figures} == {"scale.svg", "scale-8x8.svg"}
     first = [figure.read_bytes() for figure in figures]
     assert [f.read_bytes() for f in plot.plot_file(tmp_path / "cpu-test" / "scale.csv")] == first
+
+
+def test_saved_rows_do_not_make_the_commit_dirty(tmp_path, monkeypatch):
+    """Every row of a run is of the same code, though the run changes the results."""
+    saved, code = tmp_path / "benchmarks" / "results" / "a.csv", tmp_path / "benchmarks" / "a.py"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("1")
+    code.write_text("1")
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    monkeypatch.setattr(machine, "__file__", str(code))
+    clean = machine.commit()
+    saved.write_text("2")
+    assert machine.commit() == clean != "unknown"
+    code.write_text("2")
+    assert machine.commit() == f"{clean}-dirty"
