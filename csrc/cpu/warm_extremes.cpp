@@ -1,9 +1,9 @@
 // Both ends of the spectrum in one Krylov space of A'A, from the vectors of the call before: after
 // a small step of the weights one to three reads of the matrix are enough where no end is flat.
 //
-// A Ritz pair (theta, x) with residual r is off by at most |r|^2 / gap, the gap measured to what
-// else the space holds less that one's own residual. What cannot be proven so is left to the
-// factorisations: this path never accepts a pair that is close to another.
+// A Ritz pair (theta, x) with residual r is off by at most |r|^2 / gap. The gap is estimated: it is
+// measured to what else the space holds, less that one's own residual. What this estimate does not
+// clear is left to the factorisations, and so is a pair that is close to another.
 #include "warm_extremes.h"
 
 #include "krylov.h"
