@@ -21,7 +21,7 @@ Two shortcuts form neither AᵀA nor a factor. Each of their steps, Aᵀ(A X) fo
 once, in float32 unless A is float64:
 
     from a state    both ends in one block Krylov space of the state's four vectors; |r|² / gap of
-                    its Ritz pairs estimates the error, and what is not small enough, or tied, after a
+                    its Ritz pairs estimates an error, and what is not small, or tied, after a
                     few steps goes the way above. So does every badly conditioned matrix, whose
                     smallest vectors a small step of the weights replaces outright.
     ends="max"      block Lanczos on AᵀA alone
