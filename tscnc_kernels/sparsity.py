@@ -89,7 +89,8 @@ class SparsityPattern:
             ValueError: not 2 or 4 dimensions, or no entries.
         """
         _check_mask(mask)
-        bits = _native.sparsity_pack(mask.detach().cpu().contiguous())
+        entries = mask.detach() if _builds_on(mask.device) else mask.detach().cpu()
+        bits = _native.sparsity_pack(entries.contiguous())
         return cls._from_packed(bits, tuple(mask.shape)).to(mask.device)
 
     @classmethod
@@ -120,7 +121,8 @@ class SparsityPattern:
                 f"expected {size} bytes of mask bits for shape {tuple(shape)}, "
                 f"got shape {tuple(bits.shape)}"
             )
-        packed = bits.detach().cpu().clone(memory_format=torch.contiguous_format)
+        given = bits.detach() if _builds_on(bits.device) else bits.detach().cpu()
+        packed = given.clone(memory_format=torch.contiguous_format)
         packed[-1:] &= 0xFF >> (8 * size - math.prod(shape))
         return cls._from_packed(packed, tuple(shape)).to(bits.device)
 
@@ -333,6 +335,13 @@ class SparsityPattern:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SparsityPattern.from_bits, (self.bits, self.shape)
+
+
+def _builds_on(device: torch.device) -> bool:
+    """Whether the native builder runs there; on CUDA it waits once, for the number of entries."""
+    return device.type == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "tscnc_kernels::sparsity_build", "CUDA"
+    )
 
 
 def remap(values: Tensor, mapping: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ struct MapArrays {
 
 // output[i] = function(inputs[0][i], inputs[1][i], ...), computed in Math<Storage>.
 template <typename Storage, int kInputs, typename Function>
-__global__ void __launch_bounds__(kMapThreads)
+__global__ void __launch_bounds__(kMapThreads, 4)
     map_kernel(const __grid_constant__ MapArrays<Storage, kInputs> arrays,
                const __grid_constant__ Function function) {
   constexpr int kSize = kPackSize<Storage>;
