@@ -18,7 +18,9 @@ of its channel run by. "plane" packs one image after the other, results are neig
 "batch" packs a vector's worth of images element by element, so that every load is aligned and no
 lane falls on padding (csrc/cpu/masked_conv2d.h). dX is the same product with transposed taps on
 padded G, a stride cuts planes into phases, and dW are inner products; wanted by one algorithm, both
-come from one pass over G. "dense" is torch's convolution with W ∘ M, all that other backends have.
+come from one pass over G. On CUDA "plane" reads the images as they are, zeros outside of them
+(csrc/cuda/masked_conv2d.cu). "dense" is torch's convolution with W ∘ M, all that other backends
+have.
 
 Source: one offset per kept weight, Elsen et al., arXiv 1911.09723 (1×1 kernels); dX and dW from one
 pass, Nikdan et al., arXiv 2302.04852, here without scattering. Deviations: none in the formula;
@@ -199,6 +201,9 @@ def _(
     weight: Tensor,
     row_pointers: Tensor,
     columns: Tensor,
+    column_pointers: Tensor,
+    column_rows: Tensor,
+    permutation: Tensor,
     geometry: Sequence[int],
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,7 +271,7 @@ def _backward(
     def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
         codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
         return _native.masked_conv2d_backward(  # type: ignore[no-any-return]
-            *(*tensors, pattern.row_pointers, pattern.columns),
+            *(*tensors, *pattern.tensors[1:]),
             *(options.geometry.numbers, *codes, is_channels_last(input), *wanted),
         )
 
