@@ -362,8 +362,8 @@ def masked_conv2d(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "plane" or "batch" (native, on the kept entries), "dense" (torch's convolution
-            with W ∘ M); None chooses by density and shape.
+        algorithm: "plane" or "batch" (native, on the kept entries; CUDA has "plane"), "dense"
+            (torch's convolution with W ∘ M); None chooses by density and shape.
 
     Returns:
         (B, O, H', W') or (O, H', W') tensor of the input's dtype, and channels-last in memory
