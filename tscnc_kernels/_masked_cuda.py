@@ -67,7 +67,7 @@ def sparse_of(op: str) -> tuple[str, ...]:
 def _rate(op: str, dtype: torch.dtype) -> float:
     in_tf32 = torch.get_float32_matmul_precision() != "highest"
     if op == "masked_conv2d":
-        in_tf32 = torch.backends.cudnn.allow_tf32
+        in_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     if dtype == torch.float32 and in_tf32:
         return TF32_RATE
     return DENSE_RATE.get(dtype, HALF_RATE)

@@ -20,6 +20,9 @@ from torch import Tensor
 from tscnc_kernels import _sparsity_native as _sparsity_native  # registers the native ops
 
 _native = torch.ops.tscnc_kernels
+_has_key = torch._C._dispatch_has_kernel_for_dispatch_key
+# Where the native builder runs. On CUDA it waits once, for the number of kept entries.
+_BUILDERS = {"cpu", "cuda"} if _has_key("tscnc_kernels::sparsity_build", "CUDA") else {"cpu"}
 
 
 def _check_mask(mask: Tensor) -> None:
@@ -89,8 +92,7 @@ class SparsityPattern:
             ValueError: not 2 or 4 dimensions, or no entries.
         """
         _check_mask(mask)
-        entries = mask.detach() if _builds_on(mask.device) else mask.detach().cpu()
-        bits = _native.sparsity_pack(entries.contiguous())
+        bits = _native.sparsity_pack(_for_builder(mask).contiguous())
         return cls._from_packed(bits, tuple(mask.shape)).to(mask.device)
 
     @classmethod
@@ -121,8 +123,7 @@ class SparsityPattern:
                 f"expected {size} bytes of mask bits for shape {tuple(shape)}, "
                 f"got shape {tuple(bits.shape)}"
             )
-        given = bits.detach() if _builds_on(bits.device) else bits.detach().cpu()
-        packed = given.clone(memory_format=torch.contiguous_format)
+        packed = _for_builder(bits).clone(memory_format=torch.contiguous_format)
         packed[-1:] &= 0xFF >> (8 * size - math.prod(shape))
         return cls._from_packed(packed, tuple(shape)).to(bits.device)
 
@@ -337,11 +338,9 @@ class SparsityPattern:
         return SparsityPattern.from_bits, (self.bits, self.shape)
 
 
-def _builds_on(device: torch.device) -> bool:
-    """Whether the native builder runs there; on CUDA it waits once, for the number of entries."""
-    return device.type == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "tscnc_kernels::sparsity_build", "CUDA"
-    )
+def _for_builder(tensor: Tensor) -> Tensor:
+    """The tensor where a native builder can read it."""
+    return tensor.detach() if tensor.device.type in _BUILDERS else tensor.detach().cpu()
 
 
 def remap(values: Tensor, mapping: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 #include "masked_conv2d.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <cstring>
 
 #include "elementwise.cuh"
 #include "launch.cuh"
@@ -39,6 +39,18 @@ struct alignas(16) Tap {
   int32_t group;
   S value;
 };
+
+// In 128-bit loads.
+template <typename S>
+__device__ __forceinline__ Tap<S> load_tap(const Tap<S>* from) {
+  struct alignas(16) Words {
+    uint4 words[sizeof(Tap<S>) / sizeof(uint4)];
+  };
+  const Words words = *reinterpret_cast<const Words*>(from);
+  Tap<S> tap;
+  memcpy(&tap, &words, sizeof(tap));
+  return tap;
+}
 
 // An axis of the product: results `phase`, phase + result_step, ... of which result i starts at
 // i * source_step.
@@ -134,49 +146,55 @@ __global__ void __launch_bounds__(kThreads)
   using S = Math<Storage>;
   const GatherAxis &height = call.height, &width = call.width;
   const int64_t phase_h = blockIdx.z / width.result_step, phase_w = blockIdx.z % width.result_step;
-  const int64_t rows = phase_results(height, phase_h), columns = phase_results(width, phase_w);
-  const int64_t pixels = call.images * rows * columns;
-  const int64_t first = int64_t(blockIdx.x) * kTilePixels + threadIdx.x;
-  if (int64_t(blockIdx.x) * kTilePixels >= pixels) return;
+  const auto rows = unsigned(phase_results(height, phase_h));
+  const auto columns = unsigned(phase_results(width, phase_w));
+  const unsigned pixels = unsigned(call.images) * rows * columns;
+  const unsigned first = blockIdx.x * kTilePixels + threadIdx.x;
+  if (blockIdx.x * kTilePixels >= pixels) return;
   const int64_t source_plane = height.source * width.source;
   const int64_t result_plane = height.results * width.results;
   int at_h[kPixels], at_w[kPixels];
-  int64_t sources[kPixels], results[kPixels];
+  int64_t sources[kPixels];
+  // Every thread's own; needed once per channel, they would cost registers all the time.
+  __shared__ int64_t results[kPixels][kThreads];
 #pragma unroll
   for (int i = 0; i < kPixels; ++i) {
-    const int64_t pixel = first + i * kThreads;
-    const int64_t line = pixel / columns, image = line / rows;
+    const unsigned pixel = first + i * kThreads;
+    const unsigned line = pixel / columns, image = line / rows;
     const int64_t h = line - image * rows, w = pixel - line * columns;
     // A pixel that there is not is far outside of the images.
     at_h[i] = pixel < pixels ? int(h * height.source_step) : 1 << 30;
     at_w[i] = int(w * width.source_step);
     sources[i] = image * call.source_channels * source_plane + at_h[i] * width.source + at_w[i];
-    results[i] = image * call.result_channels * result_plane +
-                 (phase_h + h * height.result_step) * width.results + phase_w +
-                 w * width.result_step;
+    results[i][threadIdx.x] = image * call.result_channels * result_plane +
+                              (phase_h + h * height.result_step) * width.results + phase_w +
+                              w * width.result_step;
   }
   const Tap<S>* taps = call.taps + blockIdx.z * call.entries.kept;
-  const int64_t kernel = call.is_gradient ? height.kernel * width.kernel : 1;
-  const int64_t result_group = call.result_channels / call.groups;
-  const int64_t source_group = call.source_channels / call.groups;
-  const int64_t begin = call.result_channels * blockIdx.y / gridDim.y;
-  const int64_t end = call.result_channels * (blockIdx.y + 1) / gridDim.y;
+  const auto kernel = call.is_gradient ? unsigned(height.kernel * width.kernel) : 1u;
+  const auto result_group = unsigned(call.result_channels) / unsigned(call.groups);
+  const auto source_group = unsigned(call.source_channels) / unsigned(call.groups);
+  const auto begin = unsigned(call.result_channels * blockIdx.y / gridDim.y);
+  const auto end = unsigned(call.result_channels * (blockIdx.y + 1) / gridDim.y);
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll 1
-  for (int64_t channel = begin; channel < end; ++channel) {
-    const int64_t group = channel / result_group;
-    const int64_t row = call.is_gradient ? channel % result_group * kernel : channel;
+  for (unsigned channel = begin; channel < end; ++channel) {
+    const unsigned group = channel / result_group;
+    const unsigned row = call.is_gradient ? channel % result_group * kernel : channel;
     const Storage* source = call.source + group * source_group * source_plane;
     const int32_t last = call.entries.pointers[row + kernel];
     S sums[kPixels] = {};
 #pragma unroll 1
     for (int32_t entry = call.entries.pointers[row]; entry < last; entry += kWarpSize) {
       bool meets = entry + lane < last;
-      if (meets) meets = taps[entry + lane].group == group && taps[entry + lane].row != kNowhere;
+      if (meets) {
+        const Tap<S> own = load_tap(taps + entry + lane);
+        meets = unsigned(own.group) == group && own.row != kNowhere;
+      }
       unsigned wanted = __ballot_sync(0xffffffffu, meets);
 #pragma unroll 1
       while (wanted != 0) {
-        const Tap<S> tap = taps[entry + __ffs(int(wanted)) - 1];
+        const Tap<S> tap = load_tap(taps + entry + __ffs(int(wanted)) - 1);
         wanted &= wanted - 1;
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) {
@@ -191,7 +209,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kPixels; ++i) {
       if (first + i * kThreads >= pixels) break;
-      const int64_t place = results[i] + channel * result_plane;
+      const int64_t place = results[i][threadIdx.x] + channel * result_plane;
       const S z = sums[i] + bias;
       if (call.preactivation != nullptr) call.preactivation[place] = Storage(z);
       call.result[place] = Storage(activate(z, call.activation));
@@ -264,7 +282,8 @@ bool conv_fits(const ConvCall& call) {
     const int64_t reach = axis.dilation * (axis.kernel - 1);
     most = std::max({most, axis.size + axis.before + reach, axis.results});
   }
-  return std::max(input, output) < (int64_t(1) << 31) - 65536 && most <= kMostPosition &&
+  const int64_t pixels = call.images * std::max(h.size * w.size, h.results * w.results);
+  return std::max({input, output, pixels}) < (int64_t(1) << 31) - 65536 && most <= kMostPosition &&
          h.stride * w.stride <= 65535;
 }
 

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first_pixel = pixels * blockIdx.y / gridDim.y;
   const int64_t last_pixel = pixels * (blockIdx.y + 1) / gridDim.y;
   const int64_t plane = height.size * width.size, result_plane = int64_t(rows) * columns;
-  const int64_t kernel = height.kernel * width.kernel;
+  const auto kernel = unsigned(height.kernel * width.kernel);
   const int64_t shared = call.in_channels / call.groups;
   const int64_t group = output / (call.out_channels / call.groups);
   const Pixel step = pixel_at(kWarpSize, rows, columns);
@@ -77,10 +77,10 @@ __global__ void __launch_bounds__(kThreads)
     int at_h[kEntries], at_w[kEntries], offsets[kEntries];
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
-      const int64_t column = call.entries.columns[min(entry + i, last - 1)];
-      const int64_t position = column % kernel;
-      at_h[i] = int(position / width.kernel * height.dilation - height.before);
-      at_w[i] = int(position % width.kernel * width.dilation - width.before);
+      const auto column = unsigned(call.entries.columns[min(entry + i, last - 1)]);
+      const unsigned position = column % kernel, kernel_width = unsigned(width.kernel);
+      at_h[i] = int(position / kernel_width * height.dilation - height.before);
+      at_w[i] = int(position % kernel_width * width.dilation - width.before);
       offsets[i] = int(column / kernel * plane + at_h[i] * width.size + at_w[i]);
     }
     S sums[kEntries] = {};

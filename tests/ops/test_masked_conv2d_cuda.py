@@ -35,11 +35,14 @@ def test_cuda_is_dense_below_the_crossover_and_sparse_above():
         assert predicted(0.0005, direction, values=True) == "plane"
 
 
-def test_tensor_cores_move_the_crossover_of_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert predicted(0.01, dtype=torch.float32) == "plane"
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert predicted(0.01, dtype=torch.float32) == "dense"
+@pytest.mark.parametrize(("precision", "name"), [("ieee", "plane"), ("tf32", "dense")])
+def test_tensor_cores_move_the_crossover_of_float32(precision, name):
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        assert predicted(0.01, dtype=torch.float32) == name
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 class OnCuda:

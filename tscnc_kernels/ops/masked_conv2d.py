@@ -200,11 +200,6 @@ def _(
     input: Tensor,
     weight: Tensor,
     row_pointers: Tensor,
-    columns: Tensor,
-    column_pointers: Tensor,
-    column_rows: Tensor,
-    permutation: Tensor,
-    geometry: Sequence[int],
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels_last, needs_input, needs_weight, needs_bias = rest[-4:]
