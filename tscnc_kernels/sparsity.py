@@ -80,6 +80,8 @@ class SparsityPattern:
     def from_mask(cls, mask: Tensor) -> "SparsityPattern":
         """The pattern that keeps the entries where `mask` is true.
 
+        On a GPU the index is built there; the call waits once, for the number of kept entries.
+
         Args:
             mask: (N, K) bool tensor, or (out, in / groups, kh, kw) for a convolution. Rows,
                 columns or all entries may be pruned.
