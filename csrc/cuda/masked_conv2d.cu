@@ -62,8 +62,9 @@ struct GatherAxis {
 
 GatherAxis axis_of(const ConvAxis& axis, bool is_gradient) {
   const ConvAxis& a = axis;
-  if (is_gradient)
+  if (is_gradient) {
     return {a.results, a.size, 1, a.stride, a.kernel, a.stride, a.before, a.dilation};
+  }
   return {a.size, a.results, a.stride, 1, a.kernel, a.stride, a.before, a.dilation};
 }
 
