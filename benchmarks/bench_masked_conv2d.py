@@ -20,6 +20,8 @@ from benchmarks import harness, ours, peers
 from benchmarks.harness import Call, Case, Provider, Timed, UnavailableError
 from benchmarks.peers import Layer, Problem
 from tscnc_kernels import masked_conv2d
+from tscnc_kernels._autotune import DENSE
+from tscnc_kernels._masked_cuda import CONV_SPARSE
 from tscnc_kernels.ops.masked_conv2d import ALGORITHMS
 
 
@@ -115,6 +117,8 @@ def _peer(adapter: Callable[[Problem], Layer], case: Case, problem: Problem) -> 
 
 
 def _ours(values: bool, algorithm: str | None, case: Case, problem: Problem) -> Timed:
+    if problem.input.is_cuda and algorithm not in (None, DENSE, *CONV_SPARSE):
+        raise UnavailableError("not on CUDA")
     layer = ours.layer(masked_conv2d, values, algorithm, problem)
     return ours.timed(case.mode, problem, layer)
 

@@ -10,6 +10,14 @@
 #include "checks.h"
 #include "dtype_dispatch.h"
 
+#ifdef TSCNC_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/hard_concrete.h"
+#include "cuda_stream.h"
+#include "cuda_tensors.h"
+#endif
+
 namespace tscnc {
 namespace {
 
@@ -69,6 +77,46 @@ Tensor hard_concrete_backward_cpu(Tensor grad_output, Tensor log_alpha,
   return gradient;
 }
 
+#ifdef TSCNC_WITH_CUDA
+cuda::GateCall gate_call(const Tensor& log_alpha, const std::optional<Tensor>& uniform, double beta,
+                         double gamma, double zeta) {
+  return {log_alpha.const_data_ptr(),
+          uniform.has_value() ? uniform->const_data_ptr() : nullptr,
+          log_alpha.numel(),
+          cuda_dtype(kOp, log_alpha),
+          beta,
+          gamma,
+          zeta};
+}
+
+Tensor hard_concrete_cuda(Tensor log_alpha, std::optional<Tensor> uniform, double beta,
+                          double gamma, double zeta) {
+  check_like(uniform.value_or(log_alpha), log_alpha);
+  const torch::stable::accelerator::DeviceGuard guard(log_alpha.get_device_index());
+  Tensor gates = torch::stable::empty_like(log_alpha);
+  const cuda::GateCall call = gate_call(log_alpha, uniform, beta, gamma, zeta);
+  check_cuda(cuda::launch_hard_concrete(call, gates.mutable_data_ptr(),
+                                        current_cuda_stream(log_alpha.get_device_index())),
+             kOp);
+  return gates;
+}
+
+Tensor hard_concrete_backward_cuda(Tensor grad_output, Tensor log_alpha,
+                                   std::optional<Tensor> uniform, double beta, double gamma,
+                                   double zeta) {
+  check_like(uniform.value_or(log_alpha), log_alpha);
+  check_like(grad_output, log_alpha);
+  const torch::stable::accelerator::DeviceGuard guard(log_alpha.get_device_index());
+  Tensor gradient = torch::stable::empty_like(log_alpha);
+  const cuda::GateCall call = gate_call(log_alpha, uniform, beta, gamma, zeta);
+  check_cuda(cuda::launch_hard_concrete_backward(call, grad_output.const_data_ptr(),
+                                                 gradient.mutable_data_ptr(),
+                                                 current_cuda_stream(log_alpha.get_device_index())),
+             kOp);
+  return gradient;
+}
+#endif
+
 }  // namespace
 }  // namespace tscnc
 
@@ -85,3 +133,10 @@ STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
   m.impl("hard_concrete", TORCH_BOX(&tscnc::hard_concrete_cpu));
   m.impl("hard_concrete_backward", TORCH_BOX(&tscnc::hard_concrete_backward_cpu));
 }
+
+#ifdef TSCNC_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CUDA, m) {
+  m.impl("hard_concrete", TORCH_BOX(&tscnc::hard_concrete_cuda));
+  m.impl("hard_concrete_backward", TORCH_BOX(&tscnc::hard_concrete_backward_cuda));
+}
+#endif

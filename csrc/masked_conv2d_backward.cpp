@@ -228,12 +228,12 @@ std::tuple<Tensor, Tensor> of_equal_strides(const Tensor& gradient, const Tensor
 }
 
 // `saved` is the output for relu and the preactivation for gelu. A gradient that is not needed
-// comes back empty.
+// comes back empty. The transposed index is CUDA's: here the taps of a plan take its place.
 std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward_cpu(
     Tensor grad_output, Tensor saved, Tensor input, Tensor weight, Tensor row_pointers,
-    Tensor columns, std::vector<int64_t> geometry, int64_t activation, int64_t input_algorithm,
-    int64_t weight_algorithm, bool channels_last, bool needs_input, bool needs_weight,
-    bool needs_bias) {
+    Tensor columns, Tensor, Tensor, Tensor, std::vector<int64_t> geometry, int64_t activation,
+    int64_t input_algorithm, int64_t weight_algorithm, bool channels_last, bool needs_input,
+    bool needs_weight, bool needs_bias) {
   const bool input_interleaved = interleaves(input_algorithm);
   const bool weight_interleaved = interleaves(weight_algorithm);
   STD_TORCH_CHECK(input.dim() == 4 && geometry.size() == 11 && geometry[10] > 0, kConv,
@@ -284,7 +284,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
       "masked_conv2d_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, "
-      "Tensor row_pointers, Tensor columns, int[] geometry, int activation, int input_algorithm, "
+      "Tensor row_pointers, Tensor columns, Tensor column_pointers, Tensor column_rows, "
+      "Tensor permutation, int[] geometry, int activation, int input_algorithm, "
       "int weight_algorithm, bool channels_last, bool needs_input, bool needs_weight, "
       "bool needs_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }

@@ -55,7 +55,13 @@ def test_build_info_names_instruction_sets_and_cuda():
 
 
 @pytest.mark.parametrize(
-    "op", ["transformed_l1", "transformed_l1_backward", "masked_linear", "masked_linear_backward"]
+    "op",
+    [
+        *("transformed_l1", "transformed_l1_backward", "masked_linear", "masked_linear_backward"),
+        *("hard_concrete", "hard_concrete_backward", "masked_sgd_step", "masked_adamw_step"),
+        *("sparsity_pack", "sparsity_build", "masked_conv2d", "masked_conv2d_backward"),
+        *("batch_norm_relu", "batch_norm_relu_backward"),
+    ],
 )
 def test_cuda_kernels_are_registered_exactly_if_they_were_compiled(op):
     has = torch._C._dispatch_has_kernel_for_dispatch_key(f"tscnc_kernels::{op}", "CUDA")

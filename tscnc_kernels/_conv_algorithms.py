@@ -19,6 +19,7 @@ from tscnc_kernels._masked_algorithms import (
     plan_for,
     predict,
 )
+from tscnc_kernels._masked_cuda import CONV_DENSITY
 from tscnc_kernels.sparsity import SparsityPattern
 
 # Algorithms of the native backend on the kept entries, and their codes in csrc/masked_conv2d.cpp.
@@ -48,8 +49,8 @@ def choose(
     """What masked_conv2d runs: the algorithm asked for, else the fastest one measured or predicted.
 
     Where the call cannot be known, as under compilation (None), the rule is a sparse one where the
-    native backend runs, the density is at most `SPARSE_DENSITY` and the convolution is not
-    depthwise: "batch" if images fill the lanes of vectors, else "plane".
+    native backend runs, the density is at most `SPARSE_DENSITY` (on CUDA `CONV_DENSITY`) and the
+    convolution is not depthwise: "batch" if images fill the lanes of vectors, else "plane".
 
     Raises:
         RuntimeError: a sparse algorithm was asked for on a backend without it.
@@ -61,9 +62,11 @@ def choose(
     check_forced(op, pattern, backend, forced)
     if forced is not None:
         return Algorithms(forced, forced, forced)
-    if backend != "native" or depthwise or pattern.density > SPARSE_DENSITY:
+    on_cuda = pattern.device.type == "cuda"
+    most = CONV_DENSITY if on_cuda else SPARSE_DENSITY
+    if backend != "native" or depthwise or pattern.density > most:
         return Algorithms(DENSE, DENSE, DENSE)
-    name = "batch" if _fills_lanes(input_shape[0]) else "plane"
+    name = "batch" if not on_cuda and _fills_lanes(input_shape[0]) else "plane"
     return Algorithms(name, name, name)
 
 

@@ -265,10 +265,10 @@ def check_forced(op: str, pattern: SparsityPattern, backend: str, forced: str | 
             f"{op}: algorithm {forced!r} needs the native backend, got {backend!r} "
             f"on {pattern.device}"
         )
-    if pattern.device.type == "cuda" and forced not in _masked_cuda.SPARSE:
+    on_cuda = _masked_cuda.sparse_of(op)
+    if pattern.device.type == "cuda" and forced not in on_cuda:
         raise RuntimeError(
-            f"{op}: expected algorithm {', '.join(_masked_cuda.SPARSE)} or dense on CUDA, "
-            f"got {forced!r}"
+            f"{op}: expected algorithm {', '.join(on_cuda)} or dense on CUDA, got {forced!r}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Closed-form times of masked_linear's algorithms on a GPU.
+"""Closed-form times of the algorithms of masked_linear and masked_conv2d on a GPU.
 
 Rooflines of an H200 with a share of them that kernels of each kind reach elsewhere; no GPU has
 confirmed them yet. They only choose what the autotuner measures, and decide where it must not.
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Native algorithms: "panel" for many samples, the others for few, one sample in particular.
 SPARSE = ("panel", "small_batch", "spmv")
+# Of convolutions.
+CONV_SPARSE = ("plane",)
 SMALL_BATCH = 16
 # Seconds per kernel launch; bytes per second of device memory, and of shared memory as the products
 # read it (two fifths of its peak for a gradient of the weight, which also reduces over threads).
@@ -24,6 +26,12 @@ LAUNCH, MEMORY, SHARED, REDUCED = 3e-6, 4e12, 16e12, 10e12
 # Floating-point operations per second of a dense product.
 DENSE_RATE = {torch.float32: 50e12, torch.float64: 50e12}
 HALF_RATE, TF32_RATE = 700e12, 350e12
+# Pixels that the kernels of convolutions read per second, for one kept weight each, from the L2
+# cache; and bytes of a packed one.
+GATHERS, TAP = 1e12, 16
+# Density up to which a convolution is expected to be faster on the kept entries, where nothing else
+# about the call is known.
+CONV_DENSITY = 0.01
 # Bytes of a sector, the least that a scattered access moves.
 SECTOR = 32
 
@@ -40,8 +48,10 @@ def predict(
     if direction == "backward":  # no algorithm computes both gradients in one pass
         gradients = [predict(op, shape, nnz, call, f"grad_{name}") for name in ("input", "weight")]
         return {"separate": sum(min(times.values()) for times in gradients)}
-    seconds = {"dense": _dense(shape, nnz, call, direction)}
-    if call.batch > SMALL_BATCH:
+    seconds = {"dense": _dense(op, shape, nnz, call, direction)}
+    if op == "masked_conv2d":
+        seconds["plane"] = _plane(shape, nnz, call, direction)
+    elif call.batch > SMALL_BATCH:
         seconds["panel"] = _panel(shape, nnz, call, direction)
     elif call.batch > 0:
         name = "spmv" if call.batch == 1 else "small_batch"
@@ -49,16 +59,24 @@ def predict(
     return seconds
 
 
-def _rate(dtype: torch.dtype) -> float:
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+def sparse_of(op: str) -> tuple[str, ...]:
+    """The native algorithms of an op on CUDA."""
+    return CONV_SPARSE if op == "masked_conv2d" else SPARSE
+
+
+def _rate(op: str, dtype: torch.dtype) -> float:
+    in_tf32 = torch.get_float32_matmul_precision() != "highest"
+    if op == "masked_conv2d":
+        in_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    if dtype == torch.float32 and in_tf32:
         return TF32_RATE
     return DENSE_RATE.get(dtype, HALF_RATE)
 
 
-def _dense(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
+def _dense(op: str, shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
     size, item = math.prod(shape), call.dtype.itemsize
-    moved = (size + call.batch * sum(shape)) * item
-    product = LAUNCH + max(2.0 * call.batch * size / _rate(call.dtype), moved / MEMORY)
+    moved = (size + call.batch * sum(shape[:2])) * item
+    product = LAUNCH + max(2.0 * call.batch * size / _rate(op, call.dtype), moved / MEMORY)
     if call.values:
         return product + LAUNCH + (size * item + nnz * (4 + SECTOR)) / MEMORY
     if call.held and direction != "grad_weight":
@@ -73,6 +91,14 @@ def _panel(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
         moved += nnz * SECTOR + (math.prod(shape) * item if direction == "grad_weight" else 0)
     fed = REDUCED if direction == "grad_weight" else SHARED
     return 3 * LAUNCH + moved / MEMORY + nnz * call.batch * item / fed
+
+
+def _plane(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
+    item = call.dtype.itemsize
+    moved = call.batch * sum(shape[:2]) * item + nnz * (4 + TAP + item)
+    if not call.values:
+        moved += nnz * SECTOR + (math.prod(shape) * item if direction == "grad_weight" else 0)
+    return 3 * LAUNCH + moved / MEMORY + nnz * call.batch / GATHERS
 
 
 def _small(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:

@@ -20,6 +20,9 @@ from torch import Tensor
 from tscnc_kernels import _sparsity_native as _sparsity_native  # registers the native ops
 
 _native = torch.ops.tscnc_kernels
+_has_key = torch._C._dispatch_has_kernel_for_dispatch_key
+# Where the native builder runs. On CUDA it waits once, for the number of kept entries.
+_BUILDERS = {"cpu", "cuda"} if _has_key("tscnc_kernels::sparsity_build", "CUDA") else {"cpu"}
 
 
 def _check_mask(mask: Tensor) -> None:
@@ -77,6 +80,8 @@ class SparsityPattern:
     def from_mask(cls, mask: Tensor) -> "SparsityPattern":
         """The pattern that keeps the entries where `mask` is true.
 
+        On a GPU the index is built there; the call waits once, for the number of kept entries.
+
         Args:
             mask: (N, K) bool tensor, or (out, in / groups, kh, kw) for a convolution. Rows,
                 columns or all entries may be pruned.
@@ -89,7 +94,7 @@ class SparsityPattern:
             ValueError: not 2 or 4 dimensions, or no entries.
         """
         _check_mask(mask)
-        bits = _native.sparsity_pack(mask.detach().cpu().contiguous())
+        bits = _native.sparsity_pack(_for_builder(mask).contiguous())
         return cls._from_packed(bits, tuple(mask.shape)).to(mask.device)
 
     @classmethod
@@ -120,7 +125,7 @@ class SparsityPattern:
                 f"expected {size} bytes of mask bits for shape {tuple(shape)}, "
                 f"got shape {tuple(bits.shape)}"
             )
-        packed = bits.detach().cpu().clone(memory_format=torch.contiguous_format)
+        packed = _for_builder(bits).clone(memory_format=torch.contiguous_format)
         packed[-1:] &= 0xFF >> (8 * size - math.prod(shape))
         return cls._from_packed(packed, tuple(shape)).to(bits.device)
 
@@ -333,6 +338,11 @@ class SparsityPattern:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SparsityPattern.from_bits, (self.bits, self.shape)
+
+
+def _for_builder(tensor: Tensor) -> Tensor:
+    """The tensor where a native builder can read it."""
+    return tensor.detach() if tensor.device.type in _BUILDERS else tensor.detach().cpu()
 
 
 def remap(values: Tensor, mapping: Tensor) -> Tensor:

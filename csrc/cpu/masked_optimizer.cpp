@@ -30,74 +30,46 @@ State<T> state_at(const StepTensor& tensor, int64_t offset) {
 
 template <class T>
 struct Sgd {
-  using S = Compute<T>;
   using V = Vec<T>;
-  S lr, momentum, fresh, weight_decay;
-  bool nesterov, maximize, first_step;
+  SgdFormula<Compute<T>> formula;
 
-  explicit Sgd(const SgdOptions& o)
-      : lr(static_cast<S>(o.lr)),
-        momentum(static_cast<S>(o.momentum)),
-        fresh(static_cast<S>(1 - o.dampening)),
-        weight_decay(static_cast<S>(o.weight_decay)),
-        nesterov(o.nesterov),
-        maximize(o.maximize),
-        first_step(o.first_step) {}
+  explicit Sgd(const SgdOptions& options) : formula(options) {}
 
   void operator()(T* param, const T* grad, State<T> state, int64_t count) const {
     for_vectors<T>(count, [&](int64_t i, auto memory) {
       const V p = memory.load(param + i);
-      V g = memory.load(grad + i);
-      if (maximize) g = -g;
-      if (weight_decay != 0) g += weight_decay * p;
+      V g = formula.gradient(p, memory.load(grad + i));
       if (state.first != nullptr) {
         V buffer = g;
-        if (!first_step) buffer = momentum * memory.load(state.first + i) + fresh * g;
+        if (!formula.first_step) buffer = formula.buffer(g, memory.load(state.first + i));
         memory.store(state.first + i, buffer);
-        g = nesterov ? g + momentum * buffer : buffer;
+        g = formula.direction(g, buffer);
       }
-      memory.store(param + i, p - lr * g);
+      memory.store(param + i, p - formula.lr * g);
     });
   }
 };
 
 template <class T>
 struct Adamw {
-  using S = Compute<T>;
   using V = Vec<T>;
-  S fresh1, beta2, fresh2, eps, step_size, inverse_root, decay, l2;
-  bool maximize;
+  AdamwFormula<Compute<T>> formula;
 
-  explicit Adamw(const AdamwOptions& o)
-      : fresh1(static_cast<S>(1 - o.beta1)),
-        beta2(static_cast<S>(o.beta2)),
-        fresh2(static_cast<S>(1 - o.beta2)),
-        eps(static_cast<S>(o.eps)),
-        step_size(static_cast<S>(o.step_size)),
-        inverse_root(static_cast<S>(o.inverse_root)),
-        decay(static_cast<S>(o.decay)),
-        l2(static_cast<S>(o.l2)),
-        maximize(o.maximize) {}
+  explicit Adamw(const AdamwOptions& options) : formula(options) {}
 
   void operator()(T* param, const T* grad, State<T> state, int64_t count) const {
     for_vectors<T>(count, [&](int64_t i, auto memory) {
-      V p = memory.load(param + i), g = memory.load(grad + i);
-      V m = memory.load(state.first + i), v = memory.load(state.second + i);
-      if (maximize) g = -g;
-      if (l2 != 0) g += l2 * p;
-      p *= decay;
-      m += fresh1 * (g - m);
-      v = beta2 * v + fresh2 * g * g;
+      const V p = memory.load(param + i);
+      const V g = formula.gradient(p, memory.load(grad + i));
+      const V m = formula.first_moment(g, memory.load(state.first + i));
+      V v = formula.second_moment(g, memory.load(state.second + i));
       memory.store(state.first + i, m);
       memory.store(state.second + i, v);
       if (state.max_second != nullptr) {
-        const V before = memory.load(state.max_second + i);
-        // A NaN stays, as in torch.maximum.
-        v = v > before || v != v ? v : before;
+        v = formula.larger(v, memory.load(state.max_second + i));
         memory.store(state.max_second + i, v);
       }
-      const V root = sqrt<S>(v) * inverse_root + eps;
-      memory.store(param + i, p - step_size * (m / root));
+      memory.store(param + i, formula.stepped(p, m, sqrt<Compute<T>>(v)));
     });
   }
 };

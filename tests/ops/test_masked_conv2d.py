@@ -49,12 +49,15 @@ def raw_calls():
         (forward, (last, kept.gather(weight), None, *index, geometry, 2, 1, True, True)),
         (
             backward,
-            (grad_output, none, input, weight, *index, geometry, 0, 0, 1, False, True, True, True),
+            (
+                *(grad_output, none, input, weight, *kept.tensors[1:], geometry),
+                *(0, 0, 1, False, True, True, True),
+            ),
         ),
         (
             backward,
             (
-                *(grad_output, grad_output, last, kept.gather(weight), *index, geometry),
+                *(grad_output, grad_output, last, kept.gather(weight), *kept.tensors[1:], geometry),
                 *(2, 1, 0, True, True, True, False),
             ),
         ),

@@ -18,7 +18,9 @@ of its channel run by. "plane" packs one image after the other, results are neig
 "batch" packs a vector's worth of images element by element, so that every load is aligned and no
 lane falls on padding (csrc/cpu/masked_conv2d.h). dX is the same product with transposed taps on
 padded G, a stride cuts planes into phases, and dW are inner products; wanted by one algorithm, both
-come from one pass over G. "dense" is torch's convolution with W ∘ M, all that other backends have.
+come from one pass over G. On CUDA "plane" reads the images as they are, zeros outside of them
+(csrc/cuda/masked_conv2d.cu). "dense" is torch's convolution with W ∘ M, all that other backends
+have.
 
 Source: one offset per kept weight, Elsen et al., arXiv 1911.09723 (1×1 kernels); dX and dW from one
 pass, Nikdan et al., arXiv 2302.04852, here without scattering. Deviations: none in the formula;
@@ -198,8 +200,6 @@ def _(
     input: Tensor,
     weight: Tensor,
     row_pointers: Tensor,
-    columns: Tensor,
-    geometry: Sequence[int],
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels_last, needs_input, needs_weight, needs_bias = rest[-4:]
@@ -266,7 +266,7 @@ def _backward(
     def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
         codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
         return _native.masked_conv2d_backward(  # type: ignore[no-any-return]
-            *(*tensors, pattern.row_pointers, pattern.columns),
+            *(*tensors, *pattern.tensors[1:]),
             *(options.geometry.numbers, *codes, is_channels_last(input), *wanted),
         )
 
@@ -357,8 +357,8 @@ def masked_conv2d(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "plane" or "batch" (native, on the kept entries), "dense" (torch's convolution
-            with W ∘ M); None chooses by density and shape.
+        algorithm: "plane" or "batch" (native, on the kept entries; CUDA has "plane"), "dense"
+            (torch's convolution with W ∘ M); None chooses by density and shape.
 
     Returns:
         (B, O, H', W') or (O, H', W') tensor of the input's dtype, and channels-last in memory

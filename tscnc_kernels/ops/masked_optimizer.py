@@ -328,7 +328,8 @@ def masked_adamw_step(
         exp_avgs: list of first moments, changed: the parameter's shape, or (nnz,) with a pattern.
         exp_avg_sqs: list of second moments, in the same way.
         max_exp_avg_sqs: list of their maxima for AMSGrad, in the same way; else an empty list.
-        steps: list of 0-d float32 or float64 tensors on the CPU, the steps done; one is added.
+        steps: list of 0-d float32 or float64 tensors, the steps done; one is added. On the CPU, or
+            on the parameters' device, as a CUDA graph needs it.
         patterns: list of SparsityPattern of the parameter's shape, or None for a parameter that is
             stepped wholly.
         lr: learning rate η ≥ 0.

@@ -28,6 +28,7 @@ class MaskedAdamW(MaskedOptimizer):
         amsgrad: divide by the root of the largest second moment so far.
         maximize: ascend.
         decoupled_weight_decay: False makes it torch.optim.Adam, whose decay joins the gradient.
+        capturable: count steps on the parameters' device, so that a CUDA graph can replay `step`.
         model: the module whose masked layers hold some of the parameters.
 
     Raises:
@@ -46,6 +47,7 @@ class MaskedAdamW(MaskedOptimizer):
         *,
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
+        capturable: bool = False,
         model: nn.Module,
     ) -> None:
         defaults = {
@@ -56,6 +58,7 @@ class MaskedAdamW(MaskedOptimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "capturable": capturable,
         }
         super().__init__(params, defaults, model)
 
@@ -79,9 +82,10 @@ class MaskedAdamW(MaskedOptimizer):
             group["maximize"],
         )
         states = [self.state[param] for param in params]
-        for state in states:
+        capturable = group.get("capturable", False)
+        for state, param in zip(states, params, strict=True):
             if "step" not in state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), device=param.device if capturable else "cpu")
         maxima = []
         if group["amsgrad"]:
             maxima = state_tensors("max_exp_avg_sq", states, params, patterns)
