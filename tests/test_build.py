@@ -55,7 +55,11 @@ def test_build_info_names_instruction_sets_and_cuda():
 
 
 @pytest.mark.parametrize(
-    "op", ["transformed_l1", "transformed_l1_backward", "masked_linear", "masked_linear_backward"]
+    "op",
+    [
+        *("transformed_l1", "transformed_l1_backward", "masked_linear", "masked_linear_backward"),
+        *("extreme_singular_values", "extreme_singular_values_backward"),
+    ],
 )
 def test_cuda_kernels_are_registered_exactly_if_they_were_compiled(op):
     has = torch._C._dispatch_has_kernel_for_dispatch_key(f"tscnc_kernels::{op}", "CUDA")
