@@ -324,9 +324,9 @@ def extreme_singular_values(
     found: dict[int, Raw] = {}
     if small:
         some = [matrices[i] for i in small]
-        lists = [[part[i] for i in small] if part else [] for part in (masks, structures)]
+        own = [[part[i] for i in small] if part else [] for part in (masks, structures)]
         start = None if starts is None else torch.cat([starts[i] for i in small], dim=1)
-        raw = _solve_small(some, *lists, start, settings)
+        raw = _solve_small(some, own[0], own[1], start, settings)
         found = dict(zip(small, _pieces(raw, some), strict=True))
     for i in set(range(len(matrices))) - found.keys():
         mask = masks[i] if masks and masks[i].numel() else None
