@@ -33,6 +33,7 @@ INSTRUCTIONS = [
         r"small_product_kernel<__nv_bfloat16, .*",
         ["LDG.E.128", "LDG.E.64"],
     ),
+    ("extreme_singular_values.cu", r"extreme_singular_values_kernel", ["LDS.128"]),
     ("sparsity_values.cu", r"mask_kernel<.*", ["LDG.E.128", "STG.E.128"]),
     ("triton/masked_linear.py", r".*\[bf16.*", ["LDGSTS"]),
     ("triton/transformed_l1.py", r"transformed_l1_kernel\[.*", ["LDG.E.128"]),

@@ -92,15 +92,19 @@ def _scattered(n: int, first: int, count: int, like: Tensor) -> Tensor:
 class _Tall(NamedTuple):
     """One matrix seen tall, scaled by a power of two so that no square leaves the range.
 
+    gram, factor: of the Gram matrix, empty where the smallest end is not wanted.
     missing: orthonormal columns of the null space that its pattern makes.
     """
 
     matrix: Tensor
     scale: Tensor
     gram: Tensor
-    trace: Tensor
     factor: Tensor
     missing: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """G times x."""
+        return self.gram @ x if self.gram.numel() else self.matrix.mT @ (self.matrix @ x)
 
     def solve(self, x: Tensor) -> Tensor:
         """The inverse of G times x, on the complement of the missing space."""
@@ -109,10 +113,13 @@ class _Tall(NamedTuple):
         return x - self.missing @ (self.missing.mT @ x)
 
 
-def _make_tall(w: Tensor, deficiency: int) -> _Tall:
+def _make_tall(w: Tensor, deficiency: int, wants_factor: bool) -> _Tall:
     tall = w if w.shape[0] >= w.shape[1] else w.mT
     scale = torch.exp2(-torch.frexp(tall.abs().amax()).exponent.double())
     matrix = tall * scale
+    if not wants_factor:
+        nothing = matrix.new_empty(0, 0)
+        return _Tall(matrix, scale, nothing, nothing, matrix.new_empty(matrix.shape[1], 0))
     gram = matrix.mT @ matrix
     trace = gram.diagonal().sum()
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
@@ -122,7 +129,7 @@ def _make_tall(w: Tensor, deficiency: int) -> _Tall:
     missing = _scattered(gram.shape[0], 64, deficiency, gram)
     for _ in range(_NULL_STEPS if deficiency else 0):
         missing = torch.linalg.qr(torch.cholesky_solve(missing, factor)).Q
-    return _Tall(matrix, scale, gram, trace, factor, missing)
+    return _Tall(matrix, scale, gram, factor, missing)
 
 
 def _krylov_space(apply: Operator, start: Tensor, steps: int, missing: Tensor) -> Tensor:
@@ -153,13 +160,13 @@ def _power_space(apply: Operator, start: Tensor, missing: Tensor) -> Tensor:
 
 
 def _space(a: _Tall, end: int, warm: Tensor | None, power: bool) -> Tensor:
-    n = a.gram.shape[0]
-    start = _scattered(n, 16 * end, _BLOCK, a.gram)
+    n = a.matrix.shape[1]
+    start = _scattered(n, 16 * end, _BLOCK, a.matrix)
     if warm is not None:
         # A state of zeros is no start.
         known = warm[2 * end : 2 * end + 2].mT
         start = torch.cat([torch.where(known.any(), known, start[:, :2]), start[:, 2:]], dim=1)
-    apply = a.solve if end == 1 else a.gram.__matmul__
+    apply = a.solve if end == 1 else a.apply
     missing = a.missing if end == 1 else a.missing[:, :0]
     if power:
         return _power_space(apply, start, missing)
@@ -208,16 +215,16 @@ def _solve_large(
     if settings.structural and structure is not None:
         rank = _host_rank(structure)
     finite = torch.isfinite(w).all()
-    a = _make_tall(torch.where(finite, w, 0.0), n - max(rank, 1))
+    wants_both = not settings.largest_only
+    a = _make_tall(torch.where(finite, w, 0.0), n - max(rank, 1), wants_both)
     ends = []
-    for end in (0,) if settings.largest_only else (0, 1):
+    for end in (0, 1) if wants_both else (0,):
         space = _space(a, end, warm, settings.power)
         plain = Settings(False, settings.tie_tol, False, False, end == 0)
         raw = _solve_small([(a.matrix @ space).contiguous()], [], [], None, plain)
         ends.append(_read_end(a, end, space, raw, settings.tie_tol))
-    if settings.largest_only:
-        nothing = torch.zeros_like
-        ends.append(_End(*(nothing(part) for part in ends[0])))
+    if not wants_both:
+        ends.append(_End(*(torch.zeros_like(part) for part in ends[0])))
     return _pack(w, a, ends, rank, _is_deficient(w, structure, settings), finite, settings)
 
 
@@ -250,8 +257,9 @@ def _pack(
     capped = ~(error <= _PROMISED_ERROR) & (top.sigma > 0)
     wants_both = not settings.largest_only
     deficient = forbidden | absent if wants_both else top.sigma == 0
-    flags = deficient * RANK_DEFICIENT + capped[: 1 + wants_both].any() * CAP_REACHED
-    flags = torch.where(finite, flags + SHIFTED * wants_both, 0)
+    shifted = deficient & wants_both
+    flags = deficient * RANK_DEFICIENT + shifted * SHIFTED
+    flags = torch.where(finite, flags + capped[: 1 + wants_both].any() * CAP_REACHED, 0)
     sigma = torch.stack([top.sigma, least])
     blank = torch.where(finite, 0.0, torch.nan)
     is_wide = w.shape[0] < w.shape[1]
@@ -279,9 +287,10 @@ def _pack(
         torch.where(finite, torch.stack([top.ties, bottom.ties]), 1).clamp(min=1)[None],
         bounds,
     )
-    if settings.largest_only:
-        raw = (*without_smallest(raw)[:7], flags[None], *without_smallest(raw)[8:])
-    return raw
+    if wants_both:
+        return raw
+    kept = without_smallest(raw)
+    return (*kept[:7], flags[None], *kept[8:])
 
 
 def _masked(matrix: Tensor, mask: Tensor | None) -> Tensor:

@@ -96,11 +96,11 @@ struct Target {
 class Solver {
  public:
   __device__ Solver(const SpectralJob& job, const ForwardCall& call, const Target& target,
-                    SpectralShared* shared, double* dynamic)
+                    SpectralShared* shared, double* factor)
       : job_(job), settings_(call.settings), call_(call), target_(target), m_(larger_side(job)) {
     const int64_t n = smaller_side(job);
     p_.shared = shared;
-    p_.factor = dynamic;
+    p_.factor = factor;
     p_.n = int(n);
     p_.gram = call.workspace + target.place.workspace;
     p_.basis = p_.gram + n * n;
@@ -164,7 +164,9 @@ class Solver {
       const int64_t i = first + threadIdx.x;
       others += __syncthreads_count(i < m_ && large[i] != 0);
     }
-    const int rank = job_.structure != nullptr ? int(job_.structure[0]) : p_.n;
+    int rank = p_.n;
+    if (job_.structure != nullptr) rank = max(0, min(rank, int(job_.structure[0])));
+    if (settings_.structural) rank = min(rank, p_.live);
     missing_ = p_.live - rank;
     deficiency_ = int(others < p_.live ? others : p_.live) - rank;
     return settings_.structural ? rank : p_.n;
@@ -343,20 +345,22 @@ class Solver {
 __global__ void __launch_bounds__(kSpectralThreads, 1)
     extreme_singular_values_kernel(const __grid_constant__ SpectralTable table,
                                    const __grid_constant__ ForwardCall call) {
-  __shared__ SpectralShared shared;
+  // All of it is dynamic: what is static would count against the default limit unseen.
+  auto* shared = dynamic_shared<SpectralShared>();
   const int index = blockIdx.x;
   const SpectralPlace place = place_of(table, index, workspace_of);
   const SpectralJob& job = table.jobs[index];
   const Target target = {call.out, place, job, call.settings.certify};
-  Solver(job, call, target, &shared, dynamic_shared<double>()).run();
+  Solver(job, call, target, shared, reinterpret_cast<double*>(shared + 1)).run();
 }
 
-// The factor, whose place the panels of the Gram matrix take before.
+// What the threads share, and the factor, whose place the panels of the Gram matrix take before.
 size_t shared_bytes(const SpectralTable& table) {
   int64_t most = 0;
   for (int i = 0; i < table.count; ++i) most = std::max(most, smaller_side(table.jobs[i]));
   const int64_t panel = kGramDepth * kGramWidth;
-  return sizeof(double) * size_t(std::max<int64_t>(triangle_size(int(most)), panel));
+  const int64_t elements = std::max<int64_t>(triangle_size(int(most)), panel);
+  return sizeof(SpectralShared) + sizeof(double) * size_t(elements);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ constexpr int kEndThreads = kSpectralThreads / kEnds;
 constexpr int kEndWarps = kEndThreads / kWarpSize;
 static_assert(kEndThreads == kSmallSide, "a thread per element of a vector");
 
-struct SpectralShared {
+struct alignas(16) SpectralShared {
   double vector[kEnds][kSmallSide];  // what the operators and the projection take
   double image[kSmallSide];          // between the two products of the inverse
   double along[kEnds][kSmallSide];

@@ -156,7 +156,7 @@ TSCNC_CALLED void lanczos(const SpectralProblem& p, int place, double start, dou
     const double along = end_sum(p, q * image);
     scale = fmax(scale, along);
     ++size;
-    const bool is_exhausted = is_active && size == room, goes_on = is_active && !is_exhausted;
+    const bool is_exhausted = is_active && size >= room, goes_on = is_active && !is_exhausted;
     q = orthonormalise(p, image, p.nulls() + place + size, place, 1e-13 * scale, goes_on, &column,
                        &length);
     if (goes_on && length == 0) fresh_at = size, ++fresh_count;

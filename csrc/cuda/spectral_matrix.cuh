@@ -142,6 +142,16 @@ __device__ __forceinline__ void load_panel(const SpectralJob& job, double scale,
   }
 }
 
+// A tile's share of a row, by 128-bit loads.
+__device__ __forceinline__ void load_tile(const double* row, double (&values)[kGramTile]) {
+#pragma unroll
+  for (int i = 0; i < kGramTile; i += 2) {
+    const double2 both = *reinterpret_cast<const double2*>(row + i);
+    values[i] = both.x;
+    values[i + 1] = both.y;
+  }
+}
+
 // gram := scale^2 A'A, both triangles, n x n in global memory. panel: kGramDepth rows.
 TSCNC_CALLED void form_gram(const SpectralJob& job, double scale, double (*panel)[kGramWidth],
                             double* gram) {
@@ -161,8 +171,8 @@ TSCNC_CALLED void form_gram(const SpectralJob& job, double scale, double (*panel
     __syncthreads();
     for (int k = group; k < kGramDepth && group < groups; k += groups) {
       double a[kGramTile], b[kGramTile];
-#pragma unroll
-      for (int i = 0; i < kGramTile; ++i) a[i] = panel[k][top + i], b[i] = panel[k][left + i];
+      load_tile(panel[k] + top, a);
+      load_tile(panel[k] + left, b);
 #pragma unroll
       for (int i = 0; i < kGramTile; ++i) {
 #pragma unroll
