@@ -109,6 +109,7 @@ class Solver {
     p_.found = target.block(0);
     p_.found_stride = target.out.smaller;
     p_.null_count = 0;
+    p_.is_singular = false;
     p_.end = threadIdx.x / kEndThreads;
     p_.element = threadIdx.x % kEndThreads;
     const double close = 1 + settings_.tie_tolerance;
@@ -197,6 +198,7 @@ class Solver {
       flags_ |= kShifted;
       is_unresolved_ = true;
     }
+    p_.is_singular = missing_ > 0 ? !settings_.structural : is_unresolved_;
     invert_triangle(p_.factor, p_.n);
     if (missing_ > 0 && settings_.structural) find_null_space();
   }

@@ -39,6 +39,7 @@ struct SpectralProblem {
   int64_t found_stride;
   int n, live, null_count;
   int end, element;  // of this thread
+  bool is_singular;  // the smallest values are not told from zero, so that none are tied
   double tie_gap, tolerance;
 
   __device__ bool has_element() const { return element < n; }

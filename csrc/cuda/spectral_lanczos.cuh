@@ -192,7 +192,8 @@ __device__ __forceinline__ int find_leading(const SpectralProblem& p, const doub
   int ties = 1;
   bool is_open = wanted;
   for (int place = 1; place < kTiedRows; ++place) {
-    is_open = is_open && place < p.live - p.nulls();
+    const bool is_counted = place == 1 || p.end == 0 || !p.is_singular;
+    is_open = is_open && is_counted && place < p.live - p.nulls();
     if (!__syncthreads_or(is_open)) break;
     // Something random in it finds a copy of the eigenvalue that the last basis could not see.
     double from = 0.1 * random_element(p, column + 16 * uint64_t(place));

@@ -69,7 +69,7 @@ def test_sizes_up_to_the_largest(library: EmulatedLibrary, shape: tuple[int, int
 
 
 def test_more_matrices_than_one_launch_takes(library: EmulatedLibrary) -> None:
-    matrices = [gaussian(1 + index % 3, 2, index) for index in range(165)]
+    matrices = [gaussian(1 + index % 3, 2, index) for index in range(83)]
     raw = solve(library, make_problem(matrices))
     for index in range(len(matrices)):
         check_matrix(raw, index, matrices)
