@@ -36,6 +36,7 @@ INSTRUCTIONS = [
     ("hard_concrete.cu", r"map_kernel<.*", ["LDG.E.128", "STG.E.128"]),
     ("batch_norm_relu.cu", r"apply_kernel<.*", ["LDG.E.128", "STG.E.128"]),
     ("masked_conv2d.cu", r"gather_product_kernel<(float|__.*)>", ["LDG.E.128"]),
+    ("extreme_singular_values.cu", r"extreme_singular_values_kernel", ["LDS.128"]),
     ("sparsity_values.cu", r"mask_kernel<.*", ["LDG.E.128", "STG.E.128"]),
     ("triton/masked_linear.py", r".*\[bf16.*", ["LDGSTS"]),
     ("triton/transformed_l1.py", r"transformed_l1_kernel\[.*", ["LDG.E.128"]),

@@ -119,7 +119,7 @@ def _find_structure(mask: Tensor) -> Tensor:
     return found.to(mask.device)
 
 
-def _certify(w: Tensor, sigma: Tensor, last: Tensor) -> Tensor:
+def certified_bounds(w: Tensor, sigma: Tensor, last: Tensor) -> Tensor:
     """(3, 2) bounds of σ_max, σ_min, κ by Cholesky factorisations with rounding charged."""
     tall = w if w.shape[0] >= w.shape[1] else w.mT
     m, n = tall.shape
@@ -174,7 +174,9 @@ def pack_reference(
         small = vh if w.shape[0] >= w.shape[1] else u.mT
         blocks.append(torch.cat([_padded(small, 0, 1), _padded(small, last, -1)]))
         flags.append((ends[1] == 0).long() * RANK_DEFICIENT)
-        bounds.append(_certify(safe, ends, last) + blank if certify else s.new_empty(0, 3, 2))
+        bounds.append(
+            certified_bounds(safe, ends, last) + blank if certify else s.new_empty(0, 3, 2)
+        )
     block = torch.cat(blocks, dim=1)
     return (
         sigma,

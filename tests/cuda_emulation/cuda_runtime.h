@@ -24,6 +24,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ thread_local
 
+using std::isfinite;
 using std::max;
 using std::min;
 

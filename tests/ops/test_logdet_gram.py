@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from tests.op_suite import OpSpec, OpSuite, check_close
-from tscnc_kernels.ops.logdet_gram import logdet_gram, reference
+from tscnc_kernels.ops.logdet_gram import (
+    factor_on_device,
+    factor_on_device_backward,
+    logdet_gram,
+    reference,
+    reference_backward,
+)
 
 GOLDEN = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
 
@@ -169,6 +175,34 @@ def test_squares_beyond_float64_give_nan_or_minus_infinity(backend, isa):
     values, gradients = value_and_gradients(lambda w: logdet_gram(w, backend=backend), weights)
     assert values[0].isnan() and values[1] == -math.inf
     assert all(gradient.isnan().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-6, 0.3])
+def test_what_runs_on_cuda_matches_the_reference(ridge):
+    torch.manual_seed(0)
+    weights = [torch.randn(*shape) for shape in ((5, 3), (2, 4), (1, 1), (40, 64), (130, 70))]
+    values, factors = factor_on_device(weights, ridge)
+    check_close(values, reference([w.double() for w in weights], ridge), 1e-12, "value")
+    grad = torch.linspace(-1, 2, len(weights), dtype=torch.float64)
+    found = factor_on_device_backward(grad, weights, factors, ridge)
+    for actual, wanted in zip(found, reference_backward(grad, weights, ridge), strict=True):
+        check_close(actual, wanted, 1e-6, "gradient")
+        assert actual.dtype == torch.float32
+
+
+def test_what_runs_on_cuda_names_singular_and_non_finite_weights():
+    spoiled = torch.full((3, 2), math.nan)
+    weights = [torch.ones(4, 2), spoiled, torch.eye(3)]
+    values, factors = factor_on_device(weights, 0.0)
+    assert values[0] == -math.inf and values[1].isnan() and values[2].isfinite()
+    gradients = factor_on_device_backward(torch.ones(3).double(), weights, factors, 0.0)
+    assert gradients[0].isnan().all() and gradients[1].isnan().all()
+    check_close(gradients[2], 2 * torch.eye(3), 1e-6, "gradient")
+
+
+def test_cuda_has_a_kernel_of_both_directions():
+    for op in ("logdet_gram", "logdet_gram_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tscnc_kernels::{op}", "CUDA")
 
 
 def test_gradient_only_where_wanted():

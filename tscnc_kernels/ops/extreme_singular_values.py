@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels import _backend
+from tscnc_kernels import _spectral_cuda as _spectral_cuda  # registers the op for CUDA
 from tscnc_kernels._checks import check_floating_list, check_number, check_patterns
 from tscnc_kernels._spectral import (
     MAX_TIES,

@@ -60,14 +60,13 @@ def reference(weights: Tensor | Sequence[Tensor], ridge: float = 1e-6) -> Tensor
 
 
 def _reference_values(weights: Sequence[Tensor], ridge: float) -> Tensor:
-    values = []
-    for weight in weights:
-        tall, factor, definite = _factor(weight, ridge)
-        n = tall.shape[1]
-        value = 2 * (factor.diagonal() / n**0.5).log().sum()
-        singular = torch.where(tall.square().sum().isfinite(), -torch.inf, torch.nan)
-        values.append(torch.where(definite, value, singular))
-    return torch.stack(values)
+    return torch.stack([_value(*_factor(weight, ridge)) for weight in weights])
+
+
+def _value(tall: Tensor, factor: Tensor, definite: Tensor) -> Tensor:
+    value = 2 * (factor.diagonal() / tall.shape[1] ** 0.5).log().sum()
+    singular = torch.where(tall.square().sum().isfinite(), -torch.inf, torch.nan)
+    return torch.where(definite, value, singular)
 
 
 def reference_backward(
@@ -101,6 +100,41 @@ def _(weights: list[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
 def _(grad_output: Tensor, weights: list[Tensor], factors: Tensor, ridge: float) -> list[Tensor]:
     return [torch.empty_like(weight) for weight in weights]
 
+
+def factor_on_device(weights: list[Tensor], ridge: float) -> tuple[Tensor, Tensor]:
+    """The raw op by torch's own products and factorisations, which is all it needs on CUDA.
+
+    The factors are NaN where G is singular. Nothing waits for the device.
+    """
+    values, factors = [], []
+    for weight in weights:
+        tall, factor, definite = _factor(weight, ridge)
+        values.append(_value(tall, factor, definite))
+        factors.append(torch.where(definite, factor, torch.nan).flatten())
+    return torch.stack(values), torch.cat(factors)
+
+
+def factor_on_device_backward(
+    grad_output: Tensor, weights: list[Tensor], factors: Tensor, ridge: float
+) -> list[Tensor]:
+    """The gradient from what `factor_on_device` returned."""
+    gradients = []
+    pieces = factors.split(_factor_sizes(weights))
+    for grad, weight, piece in zip(grad_output.unbind(), weights, pieces, strict=True):
+        n = min(weight.shape)
+        identity = torch.eye(n, dtype=piece.dtype, device=piece.device)
+        inverted = torch.linalg.solve_triangular(piece.view(n, n), identity, upper=False)
+        h = inverted.mT @ inverted
+        h = h + ridge * h.diagonal().sum() / n * identity
+        matrix = weight.double()
+        gradient = matrix @ h if weight.shape[1] == n else h @ matrix
+        gradients.append((2 * grad * gradient).to(weight.dtype))
+    return gradients
+
+
+_library = torch.library.Library("tscnc_kernels", "IMPL")
+_library.impl("logdet_gram", factor_on_device, "CUDA")
+_library.impl("logdet_gram_backward", factor_on_device_backward, "CUDA")
 
 _native = torch.ops.tscnc_kernels
 for _name in ("logdet_gram", "logdet_gram_backward"):
