@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "conv_run.h"
+#include "direct_conv_run.h"
 
 namespace tscnc {
 namespace {
@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_cpu(Tensor input, Tensor weight,
                                              Tensor columns, std::vector<int64_t> geometry,
                                              int64_t activation, int64_t algorithm,
                                              bool channels_last, bool save_preactivation) {
-  const bool interleaved = interleaves(algorithm);
+  const ConvAlgorithm chosen = conv_algorithm(algorithm);
   STD_TORCH_CHECK(input.dim() == 4 && geometry.size() == 11 && geometry[10] > 0, kConv,
                   ": expected input of 4 dimensions and 11 numbers of geometry");
   const int64_t width = input.size(1) / geometry[10] * geometry[0] * geometry[1];
@@ -31,23 +31,33 @@ std::tuple<Tensor, Tensor> masked_conv2d_cpu(Tensor input, Tensor weight,
                         bias->numel() == structure.rows && bias->scalar_type() == dtype,
                     kConv, ": expected bias to be ", structure.rows, " contiguous entries");
   }
+  const bool direct = chosen == ConvAlgorithm::direct;
+  if (direct) check_direct(shape);
   const int64_t out_height = shape.height.output(), out_width = shape.width.output();
   const auto result = [&](int64_t count) {
     return new_images(input, count, structure.rows, out_height, out_width, channels_last);
   };
-  const Tensor output = result(input.size(0));
-  const Tensor preactivation = result(save_preactivation ? input.size(0) : 0);
+  Tensor output = result(direct ? 0 : input.size(0));
+  Tensor preactivation = result(save_preactivation && !direct ? input.size(0) : 0);
   dispatch_floating(kConv, dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Tensor values = kept_values<T>(kConv, weight, structure);
     const Tensor offsets = bias.has_value() ? in_dtype(*bias, working_type<T>()) : values;
-    ForwardPlan<T> plan(shape, structure, interleaved);
+    const auto* added = bias.has_value() ? data<Working<T>>(offsets) : nullptr;
+    if (direct) {
+      const DirectPlan<T> plan(shape, structure, data<Working<T>>(values), false, kDirectVecs);
+      std::tie(output, preactivation) =
+          direct_product(plan, torch::stable::contiguous(input), added, act, save_preactivation);
+      output = in_layout(output, channels_last);
+      preactivation = in_layout(preactivation, channels_last);
+      return;
+    }
+    ForwardPlan<T> plan(shape, structure, chosen == ConvAlgorithm::batch);
     auto* ordered = value_memory().reserve<Working<T>>(values.numel() + 1);
     to_blocks(plan.taps, data<Working<T>>(values), ordered);
     const ConvPart<T> part{plan.taps.get(), ordered, out_height, out_width, 0, 0, 0};
     run_product<T>({images<T>(input), plan.used.data(), plan.planes.get(), &part, 1, out_height,
-                    plan.planes.band, bias.has_value() ? data<Working<T>>(offsets) : nullptr, act,
-                    mutable_data<T>(output),
+                    plan.planes.band, added, act, mutable_data<T>(output),
                     save_preactivation ? mutable_data<T>(preactivation) : nullptr, output.stride(0),
                     output.stride(1), output.stride(2), output.stride(3), 1,
                     together(structure, plan.taps, 1, channels_last)});

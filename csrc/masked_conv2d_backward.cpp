@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "conv_run.h"
+#include "direct_conv_run.h"
 
 namespace tscnc {
 namespace {
@@ -234,8 +234,10 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward_cpu(
     Tensor columns, Tensor, Tensor, Tensor, std::vector<int64_t> geometry, int64_t activation,
     int64_t input_algorithm, int64_t weight_algorithm, bool channels_last, bool needs_input,
     bool needs_weight, bool needs_bias) {
-  const bool input_interleaved = interleaves(input_algorithm);
-  const bool weight_interleaved = interleaves(weight_algorithm);
+  const ConvAlgorithm for_input = conv_algorithm(input_algorithm);
+  const ConvAlgorithm for_weight = conv_algorithm(weight_algorithm);
+  const bool direct_input = needs_input && for_input == ConvAlgorithm::direct;
+  const bool direct_weight = (needs_weight || needs_bias) && for_weight == ConvAlgorithm::direct;
   STD_TORCH_CHECK(input.dim() == 4 && geometry.size() == 11 && geometry[10] > 0, kConv,
                   ": expected input of 4 dimensions and 11 numbers of geometry");
   const int64_t width = input.size(1) / geometry[10] * geometry[0] * geometry[1];
@@ -252,6 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward_cpu(
     check_images(saved, input, shape.out_channels, out_height, out_width, "saved");
   }
   std::tie(grad_output, saved) = of_equal_strides(grad_output, saved, scaled);
+  if (direct_input || direct_weight) check_direct(shape);
   const int64_t kept = structure.pointers[structure.rows];
   Tensor grad_input = torch::stable::new_empty(input, {0});
   Tensor grad_weight = grad_input, grad_bias = grad_input;
@@ -260,18 +263,27 @@ std::tuple<Tensor, Tensor, Tensor> masked_conv2d_backward_cpu(
     Images<T> gradient = images<T>(grad_output);
     gradient.saved = scaled ? data<T>(saved) : nullptr;
     gradient.activation = act;
-    const bool alike = input_interleaved == weight_interleaved &&
+    if (direct_input || direct_weight) {
+      const Tensor scaled_output = scaled_gradient<T>(grad_output, saved, act);
+      std::tie(grad_input, grad_weight, grad_bias) = direct_gradients<T>(
+          shape, structure, weight, scaled_output, torch::stable::contiguous(input), direct_input,
+          direct_weight && needs_weight, direct_weight && needs_bias);
+      grad_input = in_layout(grad_input, direct_input && channels_last);
+    }
+    const bool input_interleaved = for_input == ConvAlgorithm::batch;
+    const bool weight_interleaved = for_weight == ConvAlgorithm::batch;
+    const bool alike = for_input == for_weight && for_input != ConvAlgorithm::direct &&
                        (!input_interleaved || kept <= kMostTogether * shape.in_channels);
     if (needs_input && needs_weight && alike) {
       std::tie(grad_input, grad_weight, grad_bias) = all_gradients<T>(
           shape, structure, weight, gradient, input, input_interleaved, channels_last, needs_bias);
       return;
     }
-    if (needs_input) {
+    if (needs_input && !direct_input) {
       grad_input = input_gradient<T>(shape, structure, weight, gradient, input, input_interleaved,
                                      channels_last);
     }
-    if (!needs_weight && !needs_bias) return;
+    if ((!needs_weight && !needs_bias) || direct_weight) return;
     std::tie(grad_weight, grad_bias) = weight_gradient<T>(
         shape, structure, weight, gradient, input, weight_interleaved, needs_weight, needs_bias);
   });

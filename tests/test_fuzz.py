@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.conftest import runnable_isas
 from tscnc_kernels import SparsityPattern, _conv_algorithms, masked_conv2d, masked_linear
 from tscnc_kernels._build import C
+from tscnc_kernels._conv_geometry import conv_geometry
 from tscnc_kernels._masked_algorithms import ALGORITHMS
 from tscnc_kernels.sparsity import remap
 
@@ -224,6 +225,12 @@ def convolutions(draw):
         )
     }
     groups, kernel = draw(st.integers(1, 3)), pairs.pop("kernel")
+    if draw(st.booleans()):  # results of the images' size
+        kernel = [k - 1 + k % 2 for k in kernel]
+        pairs["stride"] = 1, 1
+        pairs["padding"] = tuple(
+            d * (k - 1) // 2 for k, d in zip(kernel, pairs["dilation"], strict=True)
+        )
     weight = (groups * draw(st.integers(1, 9)), draw(st.integers(1, 9)), *kernel)
     needed = [
         max(1, d * (k - 1) + 1 - 2 * p)
@@ -234,11 +241,20 @@ def convolutions(draw):
     return (images, weight[1] * groups, *size), weight, {**pairs, "groups": groups}
 
 
+def keeps_size(images, shape, kwargs) -> bool:
+    """Whether a convolution has the stride and size that "direct" needs."""
+    numbers = kwargs["stride"], kwargs["padding"], kwargs["dilation"], kwargs["groups"]
+    geometry = conv_geometry(tuple(shape[2:]), *numbers)
+    return _conv_algorithms.keeps_size(geometry, images)
+
+
 @fuzz(150)
 @given(data=st.data(), convolution=convolutions())
 def test_masked_conv2d(data, convolution):
     images, shape, kwargs = convolution
     settings = data.draw(options(_conv_algorithms.ALGORITHMS))
+    if settings["algorithm"] == "direct" and not keeps_size(images, shape, kwargs):
+        settings["algorithm"] = None
     tensors = data.draw(operands(images, shape, settings["assume_masked"])).tensors
     layout = data.draw(st.sampled_from(LAYOUTS))
     with instruction_set(data.draw(st.sampled_from(runnable_isas()))):

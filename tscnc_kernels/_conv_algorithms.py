@@ -53,12 +53,21 @@ def choose(
     convolution is not depthwise: "batch" if images fill the lanes of vectors, else "plane".
 
     Raises:
-        RuntimeError: a sparse algorithm was asked for on a backend without it.
+        RuntimeError: a sparse algorithm was asked for on a backend without it, or "direct" for a
+            convolution that does not keep the images' size.
     """
     op, depthwise = "masked_conv2d", pattern.shape[1] == 1 and geometry.groups > 1
+    direct = keeps_size(geometry, input_shape)
+    if forced == "direct" and not direct:
+        raise RuntimeError(
+            f"{op}: algorithm 'direct' needs stride 1 and results of the input's size, got stride "
+            f"{geometry.stride} and {geometry.output_size(*input_shape[2:])} from images of "
+            f"{tuple(input_shape[2:])}"
+        )
     if call is not None and not depthwise:
         fills = _fills_lanes(input_shape[0])
-        return plan_for(op, pattern, backend, call, forced, functools.partial(_predict, fills))
+        model = functools.partial(_predict, fills, direct)
+        return plan_for(op, pattern, backend, call, forced, model)
     check_forced(op, pattern, backend, forced)
     if forced is not None:
         return Algorithms(forced, forced, forced)
@@ -70,14 +79,32 @@ def choose(
     return Algorithms(name, name, name)
 
 
+def keeps_size(geometry: ConvGeometry, input_shape: Sequence[int]) -> bool:
+    """Whether results are as large as the images and meet every pixel, as "direct" needs it."""
+    size = tuple(input_shape[2:])
+    return geometry.stride == (1, 1) and geometry.output_size(*size) == size
+
+
 def _predict(
-    fills: bool, op: str, shape: Sequence[int], nnz: int, call: Call, direction: str, _: None
+    fills: bool,
+    direct: bool,
+    op: str,
+    shape: Sequence[int],
+    nnz: int,
+    call: Call,
+    direction: str,
+    _: None,
 ) -> dict[str, float]:
-    """As `predict`; "batch" wastes what images do not fill of its vectors."""
+    """As `predict`; "batch" wastes what images do not fill of its vectors.
+
+    "direct" is left out where it cannot run or would have to move the pixels first.
+    """
     times = predict(op, shape, nnz, call, direction)
     wasteful = "plane" if fills else "batch"
     if wasteful in times:
         times[wasteful] *= 1.3
+    if not direct or call.layout != "rows":
+        times.pop("direct", None)
     return times
 
 

@@ -67,10 +67,11 @@ FAMILIES = {
         (1024, 1024),
     ),
     "masked_conv2d": Family(
-        {"plane": 0, "batch": 1},
+        {"plane": 0, "batch": 1, "direct": 2},
         {
             "plane": Cost(0.058, 0.5, 0.6, 1e4, both=0.105),
             "batch": Cost(0.058, 0.5, 0.6, 1e4, both=0.105),
+            "direct": Cost(0.068, 0.25, 0.6, 1e4, both=0.125),
             DENSE: Cost(0.025, 0.1, 0.2, 1e4),
         },
         (256, 256, 3, 3),

@@ -152,10 +152,13 @@ inline int64_t together(const SparseRows& structure, const OwnedTaps& taps, int6
   return channels_last ? kNeighbours : 1;
 }
 
-inline bool interleaves(int64_t algorithm) {
-  STD_TORCH_CHECK(algorithm == 0 || algorithm == 1, kConv,
-                  ": expected the algorithm code 0 or 1, got ", algorithm);
-  return algorithm == 1;
+// The algorithms' codes: images packed one after the other, packed together, and not at all.
+enum class ConvAlgorithm : int64_t { plane, batch, direct };
+
+inline ConvAlgorithm conv_algorithm(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(ConvAlgorithm::direct), kConv,
+                  ": expected an algorithm code from 0 to 2, got ", code);
+  return static_cast<ConvAlgorithm>(code);
 }
 
 inline Activation activation_of(int64_t code) {

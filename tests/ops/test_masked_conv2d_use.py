@@ -15,7 +15,7 @@ def test_results_lie_in_memory_as_the_input(algorithm):
     kept, weight = pattern(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
     for layout in (torch.contiguous_format, torch.channels_last):
         input = torch.randn(2, 4, 6, 7).contiguous(memory_format=layout).requires_grad_()
-        output = masked_conv2d(input, weight, kept, algorithm=algorithm)
+        output = masked_conv2d(input, weight, kept, padding=1, algorithm=algorithm)
         assert output.is_contiguous(memory_format=layout)
         (found,) = torch.autograd.grad(output.square().sum(), input)
         assert found.is_contiguous(memory_format=layout)
@@ -27,7 +27,7 @@ def test_what_the_weight_holds_off_the_mask_is_never_seen(algorithm, bad):
     kept = pattern(6, 3, 3, 3)
     weight = torch.randn(6, 3, 3, 3).masked_fill(~kept.mask, bad).requires_grad_()
     input = torch.randn(2, 3, 5, 5, requires_grad=True)
-    output = masked_conv2d(input, weight, kept, algorithm=algorithm)
+    output = masked_conv2d(input, weight, kept, padding=1, algorithm=algorithm)
     grads = torch.autograd.grad(output.sum(), (input, weight), create_graph=True)
     second = torch.autograd.grad(grads[0].square().sum(), weight)
     for result in (output, *grads, *second):
@@ -40,9 +40,15 @@ def test_dense_grad_is_the_gradient_without_mask(algorithm):
     kept = pattern(6, 3, 3, 3)
     input, weight = torch.randn(2, 3, 5, 5), torch.randn(6, 3, 3, 3, requires_grad=True)
     masked = (weight.detach() * kept.mask).requires_grad_()
-    (expected,) = torch.autograd.grad(F.relu(F.conv2d(input, masked)).square().sum(), masked)
+    (expected,) = torch.autograd.grad(
+        F.relu(F.conv2d(input, masked, padding=1)).square().sum(), masked
+    )
     output = masked_conv2d(
-        input, weight, kept, activation="relu", dense_grad=True, algorithm=algorithm
+        *(input, weight, kept),
+        padding=1,
+        activation="relu",
+        dense_grad=True,
+        algorithm=algorithm,
     )
     (actual,) = torch.autograd.grad(output.square().sum(), weight)
     assert (expected[~kept.mask] != 0).any()
@@ -156,9 +162,10 @@ MATRIX = SparsityPattern.from_mask(torch.ones(4, 6, dtype=torch.bool))
         ({"input": torch.zeros(2, 6, 5, 5, device="meta")}, ValueError, "device cpu, got meta"),
         ({"weight": torch.zeros(4, 27).to_sparse()}, ValueError, "got torch.sparse_coo"),
         ({"activation": "tanh"}, ValueError, "none, relu, gelu, got 'tanh'"),
-        ({"algorithm": "fast"}, ValueError, "plane, batch, dense, got 'fast'"),
+        ({"algorithm": "fast"}, ValueError, "plane, batch, direct, dense, got 'fast'"),
         ({"weight": torch.zeros(108), "dense_grad": True}, ValueError, "values of shape"),
         ({"algorithm": "plane", "backend": "reference"}, RuntimeError, "got 'reference'"),
+        ({"algorithm": "direct", "stride": 2}, RuntimeError, r"got stride \(2, 2\)"),
         ({"backend": "triton"}, RuntimeError, "only native, reference"),
     ],
 )

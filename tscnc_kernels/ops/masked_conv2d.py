@@ -12,15 +12,16 @@ and act none, relu or gelu:
 Shapes: X (B, C, H, W), W (O, C / groups, kh, kw) or its kept values (nnz,), b (O,) and
 Y (B, O, H', W'). The derivative of relu at 0 is 0; gelu is the exact one, z Φ(z).
 
-Algorithms of the native backend: both copy the images into zero-padded planes, in which every kept
-weight meets all results at one offset; a tile of results stays in registers while the kept weights
-of its channel run by. "plane" packs one image after the other, results are neighbours in a row;
-"batch" packs a vector's worth of images element by element, so that every load is aligned and no
-lane falls on padding (csrc/cpu/masked_conv2d.h). dX is the same product with transposed taps on
-padded G, a stride cuts planes into phases, and dW are inner products; wanted by one algorithm, both
-come from one pass over G. On CUDA "plane" reads the images as they are, zeros outside of them
-(csrc/cuda/masked_conv2d.cu). "dense" is torch's convolution with W ∘ M, all that other backends
-have.
+Algorithms of the native backend: in zero-padded planes every kept weight meets all results at one
+offset, and a tile of results stays in registers while the kept weights of its channel run by.
+"plane" packs one image after the other, results are neighbours in a row; "batch" packs a vector's
+worth of images element by element, so that every load is aligned and no lane falls on padding
+(csrc/cpu/masked_conv2d.h). "direct" packs nothing: it reads the images as they lie in memory and
+masks what lies beyond their borders, for stride 1 and results of the input's size
+(csrc/cpu/direct_conv.h). dX is the same product with transposed taps on G, a stride cuts planes
+into phases, and dW are inner products; wanted by one algorithm, both come from one pass over G.
+On CUDA "plane" reads the images as they are, zeros outside of them (csrc/cuda/masked_conv2d.cu).
+"dense" is torch's convolution with W ∘ M, all that other backends have.
 
 Source: one offset per kept weight, Elsen et al., arXiv 1911.09723 (1×1 kernels); dX and dW from one
 pass, Nikdan et al., arXiv 2302.04852, here without scattering. Deviations: none in the formula;
@@ -357,8 +358,9 @@ def masked_conv2d(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "plane" or "batch" (native, on the kept entries; CUDA has "plane"), "dense"
-            (torch's convolution with W ∘ M); None chooses by density and shape.
+        algorithm: "plane", "batch" or "direct" (native, on the kept entries; the last for stride 1
+            and results of the input's size; CUDA has "plane"), "dense" (torch's convolution with
+            W ∘ M); None chooses by density and shape.
 
     Returns:
         (B, O, H', W') or (O, H', W') tensor of the input's dtype, and channels-last in memory
@@ -375,7 +377,7 @@ def masked_conv2d(
 
     NaN: the sparse algorithms do not read an input that no kept weight multiplies; NaN or infinity
     there need not come through as it does in a dense convolution. Elsewhere it may also spoil
-    gradients of other weights, which "plane" multiplies by the zeros between rows of pixels.
+    gradients of other weights, which "plane" and "direct" multiply by the zeros around an image.
 
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
     are cast as for F.conv2d.
