@@ -95,7 +95,7 @@ def parse_sass(listing: str) -> dict[tuple[str, int], tuple[str, ...]]:
             arch = int(match[1])
         elif match := re.search(r"Function : (\S+)", line):
             found = opcodes.setdefault((match[1], arch), set())
-        elif match := re.search(r"\s((?:LD[GSL]|ST[GSL]|H?G?MMA|LDGSTS|UTMA)\S*)\s", line):
+        elif match := re.search(r"\s((?:LD[GSL]|ST[GSL]|[DHI]?G?MMA|LDGSTS|UTMA)\S*)\s", line):
             found.add(match[1])
     return {key: tuple(sorted(names)) for key, names in opcodes.items()}
 
@@ -206,7 +206,8 @@ def collect(archs: Sequence[int] = ARCHITECTURES) -> tuple[list[Row], list[str]]
         else:
             package = importlib.import_module("tscnc_kernels.triton")
             for module in pkgutil.iter_modules(package.__path__):
-                rows += triton_rows(module.name, archs, folder)
+                if not module.name.startswith("_"):
+                    rows += triton_rows(module.name, archs, folder)
         for job in jobs:
             rows += job.result()
     return sorted(rows, key=lambda row: (row.source, row.kernel, row.arch)), notes

@@ -16,7 +16,9 @@ from benchmarks import compile_report
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITON_FILES = sorted(
-    module.name for module in pkgutil.iter_modules([str(ROOT / "tscnc_kernels/triton")])
+    module.name
+    for module in pkgutil.iter_modules([str(ROOT / "tscnc_kernels/triton")])
+    if not module.name.startswith("_")
 )
 CUDA_FILES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
 

@@ -29,7 +29,7 @@ def register(op: str, backends: tuple[str, ...]) -> None:
 
 
 @functools.cache
-def _triton_runs_on(device_type: str) -> str | None:
+def why_no_triton(device_type: str) -> str | None:
     """None if Triton kernels run on this device, else the reason why not."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -44,7 +44,7 @@ def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
     if backend not in _registry[op]:
         return f"this op has only {', '.join(_registry[op])}"
     if backend == "triton":
-        return _triton_runs_on(device_type)
+        return why_no_triton(device_type)
     if backend == "native":
         key = _DISPATCH_KEYS.get(device_type)
         if key is None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tscnc_kernels._block_index import edge_of
+
 if TYPE_CHECKING:
     from tscnc_kernels._masked_algorithms import Call
 
@@ -26,6 +28,8 @@ DENSE_RATE = {torch.float32: 50e12, torch.float64: 50e12}
 HALF_RATE, TF32_RATE = 700e12, 350e12
 # Bytes of a sector, the least that a scattered access moves.
 SECTOR = 32
+# Share of the dense rate that blocks reach: narrow ones load each feature for fewer sums.
+BLOCK_SHARE, WIDEST = 0.75, 160
 
 
 def predict(
@@ -46,6 +50,9 @@ def predict(
     elif call.batch > 0:
         name = "spmv" if call.batch == 1 else "small_batch"
         seconds[name] = _small(shape, nnz, call, direction)
+    edge = edge_of(blocks)
+    if edge is not None and call.batch > 0:
+        seconds["block"] = _block(shape, nnz, call, direction, edge)
     return seconds
 
 
@@ -73,6 +80,15 @@ def _panel(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
         moved += nnz * SECTOR + (math.prod(shape) * item if direction == "grad_weight" else 0)
     fed = REDUCED if direction == "grad_weight" else SHARED
     return 3 * LAUNCH + moved / MEMORY + nnz * call.batch * item / fed
+
+
+def _block(shape: Sequence[int], nnz: int, call: Call, direction: str, edge: int) -> float:
+    item = call.dtype.itemsize
+    rate = _rate(call.dtype) * min(BLOCK_SHARE, edge / WIDEST)
+    moved = (call.batch * sum(shape) + nnz) * item
+    if not call.values and direction == "grad_weight":
+        moved += math.prod(shape) * item
+    return LAUNCH + max(2.0 * call.batch * nnz / rate, moved / MEMORY)
 
 
 def _small(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
