@@ -87,6 +87,21 @@ def select(op: str, device: torch.device, backend: str | None = None) -> str:
     return wanted
 
 
+def uses_triton(op: str, device: torch.device) -> bool:
+    """Whether an op that has a Triton kernel beside its reference, and is not registered with
+    `backend=`, runs the kernel: on CUDA, unless another backend was chosen for all ops.
+
+    Raises:
+        RuntimeError: Triton was chosen and cannot run on the device.
+    """
+    if _forced is None:
+        return device.type == "cuda" and why_no_triton("cuda") is None
+    reason = why_no_triton(device.type) if _forced == "triton" else None
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend 'triton' cannot run on {device.type}: {reason}")
+    return _forced == "triton"
+
+
 class use_backend:
     """Run every op on one backend from now on, or inside a `with` block.
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.ops.test_gram_iteration import hard_matrices, is_positive, schatten
 from tests.spectra import gaussian
-from tscnc_kernels.ops.gram_iteration import reference
+from tscnc_kernels import _backend, use_backend
+from tscnc_kernels.ops.gram_iteration import gram_iteration, reference
 
 kernels = pytest.importorskip("tscnc_kernels.triton.gram_iteration")
 
@@ -85,3 +86,30 @@ def test_bound_is_proven_by_exact_elimination() -> None:
             for i, a in enumerate(columns)
         ]
         assert is_positive(shifted)
+
+
+def test_op_runs_it_where_triton_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian(9, 6).to(DEVICE).requires_grad_()
+    expected = gram_iteration(weight, 2)
+    called = []
+    real = kernels.bound
+    monkeypatch.setattr(kernels, "bound", lambda *given: called.append(1) or real(*given))
+    with use_backend("triton"):
+        bound = gram_iteration(weight, 2)
+    assert called
+    torch.testing.assert_close(bound, expected)
+    found, wanted = (torch.autograd.grad(value, weight)[0] for value in (bound, expected))
+    torch.testing.assert_close(found, wanted)
+    called.clear()
+    with use_backend("reference"):
+        gram_iteration(weight, 2)
+    with use_backend("triton"):
+        mapped = torch.func.vmap(lambda w: gram_iteration(w, 2))(weight.detach()[None])
+    assert not called
+    torch.testing.assert_close(mapped[0], expected.detach())
+
+
+def test_triton_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "why_no_triton", lambda device: "no GPU in this test")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="gram_iteration: .* no GPU in"):
+        gram_iteration(torch.eye(2), 1)
