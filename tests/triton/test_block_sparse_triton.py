@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.cuda.masked_calls import LAYOUTS, Problem, check_close, problem, strided
-from tests.triton.test_masked_linear_triton import DEVICE, DTYPES, on_device
+from tests.triton.test_masked_linear_triton import DTYPES, on_device
 from tscnc_kernels import SparsityPattern, masked_linear
 from tscnc_kernels._activation import ACTIVATIONS
 from tscnc_kernels._block_index import block_edge, block_index

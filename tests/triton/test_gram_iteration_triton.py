@@ -111,5 +111,5 @@ def test_op_runs_it_where_triton_is_chosen(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_triton_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "why_no_triton", lambda device: "no GPU in this test")
-    with use_backend("triton"), pytest.raises(RuntimeError, match="gram_iteration: .* no GPU in"):
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"gram_iteration: .* no GPU in"):
         gram_iteration(torch.eye(2), 1)

@@ -16,8 +16,8 @@ blocks of a panel in the first-level cache. "small_batch" takes up to 16 samples
 by row; "spmv" takes one sample at a time from a plain vector; "block" shares
 loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
 reference has; the triton backend applies the mask inside its own (for weights that hold something
-off it). CUDA has "panel", with samples in shared memory, one kernel for both few and one, and, where
-Triton is installed, "block" on tensor cores for square blocks 16 to 128 wide.
+off it). CUDA has "panel", with samples in shared memory, one kernel for both few and one, and where
+Triton is installed "block", on tensor cores, for square blocks 16 to 128 wide.
 
 Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852.
 Deviations: none in the formula; reductions are ordered, so that results do not depend on threads.

@@ -175,7 +175,7 @@ def product_tile(
 ) -> Tile:
     """The tile (samples, features, …) of a product of so many samples and lines of blocks.
 
-    A third of the stages wait for the index, so that there are more of them than in a dense product.
+    A third of the stages wait for the index: a dense product has fewer.
     """
     few = 16 if count <= 16 else 64
     if dtype == torch.float64:
@@ -189,9 +189,7 @@ def product_tile(
     return Tile(128, edge, depth, 8 if edge == 128 else 4, 5)
 
 
-def gradient_tile(
-    dtype: torch.dtype, edge: int, blocks: int, processors: int = PROCESSORS
-) -> Tile:
+def gradient_tile(dtype: torch.dtype, edge: int, blocks: int, processors: int = PROCESSORS) -> Tile:
     """The tile of the gradient at so many blocks."""
     if dtype == torch.float64:
         return Tile(min(edge, 32), min(edge, 32), 16, 4, 3)
@@ -328,7 +326,11 @@ def _product_variant(dtype: torch.dtype, kind: str, edge: int, tile: Tile, back:
 def _gradient_variant(dtype: torch.dtype, kind: str, edge: int, tile: Tile, flag: bool) -> Variant:
     pointers = dict.fromkeys(("gradient", "samples", "result"), kind)
     pointers |= dict.fromkeys(("rows", "columns", "row_pointers"), "*i32")
-    constants = {"gradient_feature_stride": 1, "feature_stride": 1, "VALUES": flag}
+    constants: dict[str, object] = {
+        "gradient_feature_stride": 1,
+        "feature_stride": 1,
+        "VALUES": flag,
+    }
     constants |= {"SIDE": tile.rows, "DEPTH": tile.depth, **_options(tile, dtype, edge)}
     return _variant(block_gradient_kernel, pointers, GRADIENT_SIZES, constants)
 

@@ -5,8 +5,8 @@ before. Tiles on and below the diagonal are computed, and stored a second time a
 images, which halves the products. Every program also writes the sum of the squares of what it
 stored, from which the next step's scale is made without reading S again. Nothing waits for the GPU.
 
-Rounding: as in the reference, whatever the order of the sums: a sum of k products is off by at most
-k u ‖A‖_F² in norm, u = 2⁻⁵³, and scaling the result instead of the operands rounds three times more.
+Rounding: as in the reference, whatever the order of the sums: a sum of k products is off by at
+most k u ‖A‖_F² in norm, u = 2⁻⁵³; scaling the result instead of the operands rounds three times.
 The charge of (k + 16) u covers both, and mirrored tiles make S exactly symmetric.
 """
 

@@ -29,6 +29,7 @@ from tscnc_kernels.triton._tiles import (
     tile_of_program,
 )
 
+
 @triton.jit
 def load_mask(
     bits,
