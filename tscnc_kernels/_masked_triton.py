@@ -36,8 +36,9 @@ def triton_product(
     if algorithm == BLOCK:
         from tscnc_kernels.triton import block_sparse
 
-        how = {"save": save, "feature_major": feature_major}
-        return block_sparse.product(input, weight, pattern, bias, activation, **how)
+        return block_sparse.product(
+            *(input, weight, pattern, bias, activation), save=save, feature_major=feature_major
+        )
     from tscnc_kernels.triton import masked_linear
 
     dense = masked_weight(weight, pattern) if weight.ndim == 1 else weight

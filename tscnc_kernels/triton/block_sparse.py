@@ -216,6 +216,7 @@ def product(
     transposed: bool = False,
     save: bool = False,
     feature_major: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """act(X (W ∘ M)ᵀ + b), or X (W ∘ M) if `transposed`.
 
@@ -228,6 +229,7 @@ def product(
         transposed: sums over the weight's rows instead of its columns.
         save: return Z too.
         feature_major: strides (1, B) of the results.
+        tile: another one than `product_tile`'s.
 
     Returns:
         Y, and Z if asked for, else a tensor of no rows.
@@ -238,7 +240,7 @@ def product(
     output = new_matrix(samples, (count, width), feature_major)
     preactivation = new_matrix(samples, (count if save else 0, width), feature_major)
     lines = width // index.edge
-    tile = product_tile(samples.dtype, index.edge, count, lines, _processors(samples))
+    tile = tile or product_tile(samples.dtype, index.edge, count, lines, _processors(samples))
     programs = width // tile.columns * triton.cdiv(count, tile.rows)
     if programs == 0:
         return output, preactivation
@@ -273,7 +275,12 @@ def _options(tile: Tile, dtype: torch.dtype, edge: int) -> dict[str, object]:
 
 
 def weight_gradient(
-    gradient: Tensor, samples: Tensor, pattern: SparsityPattern, *, values: bool
+    gradient: Tensor,
+    samples: Tensor,
+    pattern: SparsityPattern,
+    *,
+    values: bool,
+    tile: Tile | None = None,
 ) -> Tensor:
     """(Gᵀ X) ∘ M, computed at the kept blocks.
 
@@ -282,6 +289,7 @@ def weight_gradient(
         samples: (B, K) tensor of the same dtype, any strides.
         pattern: a mask of blocks, see `_block_index.block_edge`.
         values: give the kept entries alone.
+        tile: another one than `gradient_tile`'s.
 
     Returns:
         (N, K) tensor that is zero off the mask, or (nnz,) values.
@@ -289,7 +297,7 @@ def weight_gradient(
     index, count = block_index(pattern), len(samples)
     result = samples.new_empty(pattern.nnz) if values else samples.new_zeros(pattern.matrix_shape)
     blocks = len(index.rows)
-    tile = gradient_tile(samples.dtype, index.edge, blocks, _processors(samples))
+    tile = tile or gradient_tile(samples.dtype, index.edge, blocks, _processors(samples))
     with torch.cuda.device_of(samples):
         block_gradient_kernel[(blocks * (index.edge // tile.rows) ** 2,)](
             *(gradient, samples, result, index.rows, index.columns, index.row_pointers, count),
