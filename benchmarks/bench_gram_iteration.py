@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.harness import Call, Case, Provider, UnavailableError
-from tscnc_kernels import extreme_singular_values, gram_iteration
+from tscnc_kernels import extreme_singular_values, gram_iteration, use_backend
 
 STEPS = 6
 TOLERANCE = 0.05
@@ -58,6 +58,12 @@ def _tall(weight: Tensor) -> Tensor:
 
 def _ours(weight: Tensor, starts: Tensor) -> Tensor:
     return gram_iteration(weight, STEPS)
+
+
+def _plain_torch(weight: Tensor, starts: Tensor) -> Tensor:
+    """The same bound by torch's own products, which do not know that the result is symmetric."""
+    with use_backend("reference"):
+        return gram_iteration(weight, STEPS)
 
 
 def _both_ends(weight: Tensor, starts: Tensor) -> Tensor:
@@ -135,6 +141,8 @@ def _prepare_scipy(solver: str, case: Case, weight: Tensor, starts: Tensor) -> C
 
 
 def _prepare(function: Function, case: Case, weight: Tensor, starts: Tensor) -> Call:
+    if function is _plain_torch and not weight.is_cuda:
+        raise UnavailableError("gram_iteration has a kernel of its own on a GPU alone")
     if case.mode == "forward":
         frozen = weight.detach()
         return lambda: function(frozen, starts)
@@ -173,6 +181,7 @@ PROVIDERS = [
     Provider(name, partial(_prepare, function))
     for name, function in (
         ("gram_iteration", _ours),
+        ("gram_iteration in torch", _plain_torch),
         ("extreme_singular_values", _both_ends),
         ("float32 gram iteration", _float32_iteration),
         (f"power iteration {POWER_STEPS}", _power_iteration),

@@ -50,12 +50,14 @@ def inputs(
     shape: tuple[int, int, int],
     sparsity: float,
     dtype: torch.dtype,
+    block: int,
     generator: torch.Generator,
     device: torch.device,
 ) -> tuple[Problem]:
-    """Draw a layer whose outputs have unit size at any sparsity."""
+    """Draw a layer whose outputs have unit size at any sparsity, pruned by square blocks."""
     batch, width, rows = shape
-    mask = torch.rand(rows, width, generator=generator) >= sparsity
+    mask = torch.rand(rows // block, width // block, generator=generator) >= sparsity
+    mask = mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
     scale = max(1.0, (1 - sparsity) * width) ** -0.5
     weight = torch.randn(rows, width, generator=generator) * scale * mask
     draw = [(batch, width), (rows,), (batch, rows)]
@@ -70,16 +72,17 @@ def case(
     sparsity: float,
     mode: str,
     dtype: torch.dtype = torch.float32,
+    block: int = 1,
 ) -> Case:
-    """One cell of the table."""
+    """One cell of the table; `block` is the edge of the squares that are kept or pruned."""
     batch, width, rows = shape
     dense_work = 2.0 * batch * width * rows * (1 if mode == "forward" else 3)
     return Case(
         op="masked_linear",
         mode=mode,
-        shape=f"{batch}x{width}x{rows}",
+        shape=f"{batch}x{width}x{rows}" + (f"-b{block}" if block > 1 else ""),
         dtype=dtype,
-        inputs=partial(inputs, shape, sparsity, dtype),
+        inputs=partial(inputs, shape, sparsity, dtype, block),
         expected=partial(peers.expected, mode),
         work=(1 - sparsity) * dense_work,
         dense_work=dense_work,

@@ -20,9 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90)
@@ -95,7 +96,7 @@ def parse_sass(listing: str) -> dict[tuple[str, int], tuple[str, ...]]:
             arch = int(match[1])
         elif match := re.search(r"Function : (\S+)", line):
             found = opcodes.setdefault((match[1], arch), set())
-        elif match := re.search(r"\s((?:LD[GSL]|ST[GSL]|H?G?MMA|LDGSTS|UTMA)\S*)\s", line):
+        elif match := re.search(r"\s((?:LD[GSL]|ST[GSL]|[DHI]?G?MMA|LDGSTS|UTMA)\S*)\s", line):
             found.add(match[1])
     return {key: tuple(sorted(names)) for key, names in opcodes.items()}
 
@@ -156,6 +157,16 @@ def cuda_rows(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> li
     ]
 
 
+def multiples_of_16(variant: Any, kinds: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
+    """Where a variant's pointers and multiples of 16 are among the parameters of its kernel."""
+    for place, name in enumerate(variant.kernel.arg_names):
+        kind = kinds[name]
+        if isinstance(kind, tuple) and kind[0][0] == "*":
+            yield from ((place, index) for index in range(len(kind)))
+        elif kind[0] == "*" or name in variant.multiples_of_16:
+            yield (place,)
+
+
 def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterator[Row]:
     """Compiles the `VARIANTS` of one module of `tscnc_kernels.triton`."""
     import triton
@@ -167,10 +178,7 @@ def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterato
     for variant in module.VARIANTS:
         names = variant.kernel.arg_names
         kinds = {name: variant.arguments.get(name, "constexpr") for name in names}
-        multiples = [
-            name for name in names if kinds[name][0] == "*" or name in variant.multiples_of_16
-        ]
-        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+        attributes = {path: [["tt.divisibility", 16]] for path in multiples_of_16(variant, kinds)}
         for arch in archs:
             kernel = triton.compile(
                 ASTSource(variant.kernel, kinds, dict(variant.constants), attributes),
@@ -206,7 +214,8 @@ def collect(archs: Sequence[int] = ARCHITECTURES) -> tuple[list[Row], list[str]]
         else:
             package = importlib.import_module("tscnc_kernels.triton")
             for module in pkgutil.iter_modules(package.__path__):
-                rows += triton_rows(module.name, archs, folder)
+                if not module.name.startswith("_"):
+                    rows += triton_rows(module.name, archs, folder)
         for job in jobs:
             rows += job.result()
     return sorted(rows, key=lambda row: (row.source, row.kernel, row.arch)), notes

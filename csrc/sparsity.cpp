@@ -203,13 +203,13 @@ Tensor sparsity_remap(const Tensor& values, const Tensor& mapping) {
   return carried;
 }
 
-// The largest power of two up to 64 that divides both.
+// The largest power of two up to `block`, itself one, that divides both.
 int64_t common_block(int64_t block, int64_t place) {
   while (place % block != 0) block /= 2;
   return block;
 }
 
-// (r, c), both powers of two up to 64: all rows change their columns at multiples of r only, and
+// (r, c), both powers of two up to 128: all rows change their columns at multiples of r only, and
 // the kept columns of a row begin and end at multiples of c only. The first rows of a pattern
 // without blocks tell that there are none.
 Tensor sparsity_block_shape(const Tensor& row_pointers, const Tensor& columns, int64_t width) {
@@ -217,7 +217,7 @@ Tensor sparsity_block_shape(const Tensor& row_pointers, const Tensor& columns, i
   const int64_t kept = columns.numel(), rows = row_pointers.numel() - 1;
   const int32_t* pointers = pointer_data(kOp, row_pointers, kept, "row_pointers");
   const int32_t* column = index_data(kOp, columns, kept, "columns");
-  int64_t height = common_block(64, rows), across = common_block(64, width);
+  int64_t height = common_block(128, rows), across = common_block(128, width);
   for (int64_t row = 0; row < rows && height > 1; ++row) {
     const int32_t begin = pointers[row], end = pointers[row + 1];
     // Without any entry there may be no columns to point to.

@@ -260,6 +260,8 @@ def test_providers_of_the_gpu_agree_with_float64():
     assert found - {"ours, triton"} == ours | dense
     case = bench_masked_linear.case((1, 24, 16), 0.5, "forward")
     assert {"ours, spmv", "cuSPARSE CSR"} <= gated(case, masked_linear_gpu.PROVIDERS)
+    case = bench_masked_linear.case((20, 96, 64), 0.5, "forward", block=16)
+    assert {"ours, block", "torch BSR"} <= gated(case, masked_linear_gpu.PROVIDERS)
 
 
 def test_a_gpu_has_cases_of_its_own(monkeypatch):
@@ -269,4 +271,5 @@ def test_a_gpu_has_cases_of_its_own(monkeypatch):
     bench_masked_linear.run(["--quick", "--device", "cuda"])
     assert measured[0] is bench_masked_linear.CASES
     shapes = {case.shape for case in measured[1]}
-    assert shapes == {"4096x4096x4096", "8x4096x11008", "1x4096x11008"}
+    square, few = "4096x4096x4096", {"8x4096x11008", "1x4096x11008"}
+    assert shapes == {square, f"{square}-b64", f"{square}-b128"} | few

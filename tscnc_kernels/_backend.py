@@ -29,7 +29,7 @@ def register(op: str, backends: tuple[str, ...]) -> None:
 
 
 @functools.cache
-def _triton_runs_on(device_type: str) -> str | None:
+def why_no_triton(device_type: str) -> str | None:
     """None if Triton kernels run on this device, else the reason why not."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -44,7 +44,7 @@ def why_unavailable(op: str, backend: str, device_type: str) -> str | None:
     if backend not in _registry[op]:
         return f"this op has only {', '.join(_registry[op])}"
     if backend == "triton":
-        return _triton_runs_on(device_type)
+        return why_no_triton(device_type)
     if backend == "native":
         key = _DISPATCH_KEYS.get(device_type)
         if key is None:
@@ -85,6 +85,21 @@ def select(op: str, device: torch.device, backend: str | None = None) -> str:
     if reason is not None:
         raise RuntimeError(f"{op}: backend {wanted!r} cannot run on {device.type}: {reason}")
     return wanted
+
+
+def uses_triton(op: str, device: torch.device) -> bool:
+    """Whether an op that has a Triton kernel beside its reference, and is not registered with
+    `backend=`, runs the kernel: on CUDA, unless another backend was chosen for all ops.
+
+    Raises:
+        RuntimeError: Triton was chosen and cannot run on the device.
+    """
+    if _forced is None:
+        return device.type == "cuda" and why_no_triton("cuda") is None
+    reason = why_no_triton(device.type) if _forced == "triton" else None
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend 'triton' cannot run on {device.type}: {reason}")
+    return _forced == "triton"
 
 
 class use_backend:

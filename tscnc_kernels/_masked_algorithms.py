@@ -7,14 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tscnc_kernels import _autotune, _masked_cuda
+from tscnc_kernels import _autotune, _backend, _masked_cuda
 from tscnc_kernels._autotune import DENSE, Compute, Plan
+from tscnc_kernels._block_index import SMALLEST_EDGE, edge_of
 from tscnc_kernels._build import C
 from tscnc_kernels.sparsity import SparsityPattern
 
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
 # The decision between one pass for both gradients, by the algorithm of that name, and a pass each.
 BACKWARD, SEPARATE = "backward", "separate"
+BLOCK = "block"
 
 
 class Cost(NamedTuple):
@@ -261,16 +263,38 @@ def check_forced(op: str, pattern: SparsityPattern, backend: str, forced: str | 
     """Raises RuntimeError if a sparse algorithm is asked for on a backend without it."""
     if forced not in FAMILIES[op].sparse:
         return
+    on_cuda = pattern.device.type == "cuda"
+    if forced == BLOCK and (backend == "triton" or (backend == "native" and on_cuda)):
+        _check_blocks(op, pattern)
+        return
     if backend != "native":
         raise RuntimeError(
             f"{op}: algorithm {forced!r} needs the native backend, got {backend!r} "
             f"on {pattern.device}"
         )
-    on_cuda = _masked_cuda.sparse_of(op)
-    if pattern.device.type == "cuda" and forced not in on_cuda:
+    runnable = _masked_cuda.sparse_of(op)
+    if on_cuda and forced not in runnable:
+        known = ", ".join([*runnable, *([BLOCK] if op == "masked_linear" else [])])
+        raise RuntimeError(f"{op}: expected algorithm {known} or dense on CUDA, got {forced!r}")
+
+
+def _check_blocks(op: str, pattern: SparsityPattern) -> None:
+    reason = _backend.why_no_triton(pattern.device.type)
+    if reason is not None:
+        raise RuntimeError(f"{op}: algorithm {BLOCK!r} cannot run here: {reason}")
+    if edge_of(pattern.block_shape) is None:
         raise RuntimeError(
-            f"{op}: expected algorithm {', '.join(on_cuda)} or dense on CUDA, got {forced!r}"
+            f"{op}: algorithm {BLOCK!r} needs a pattern of blocks of {SMALLEST_EDGE}x"
+            f"{SMALLEST_EDGE} or larger here, got block_shape {pattern.block_shape}"
         )
+
+
+def _blocks_of(pattern: SparsityPattern) -> tuple[int, int] | None:
+    """The pattern's block_shape where an algorithm makes use of it."""
+    device = pattern.device.type
+    if len(pattern.shape) != 2 or (device != "cpu" and _backend.why_no_triton(device) is not None):
+        return None
+    return pattern.block_shape
 
 
 def batch_bucket(batch: int) -> int:
@@ -332,8 +356,10 @@ def _new_plan(
     forced: str | None,
     model: Model,
 ) -> Plan:
+    blocks = _blocks_of(pattern) if backend != "reference" else None
     if backend != "native":
-        return Plan(call, op, lambda direction: {DENSE: math.inf}, forced)
+        only = DENSE if backend == "reference" or edge_of(blocks) is None else BLOCK
+        return Plan(call, op, lambda direction: {only: math.inf}, forced)
     weight = "values" if call.values else "held" if call.held else "dense"
     device = pattern.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else C.active_isa()
@@ -345,7 +371,7 @@ def _new_plan(
     # Predicted for the middle of the bucket: the first batch that happens to come must not matter.
     # A plan must not hold the pattern that holds it: cycles keep memory until the next collection.
     case = op, pattern.shape, pattern.nnz, call._replace(batch=_usual_batch(call.batch))
-    on_cpu = device.type == "cpu"
-    blocks = pattern.block_shape if on_cpu and len(pattern.shape) == 2 else None
+    if device.type == "cuda" and edge_of(blocks) is not None:
+        parts.append(f"k{edge_of(blocks)}")
     model = _on(device.type, model)
     return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tscnc_kernels._block_index import edge_of
+
 if TYPE_CHECKING:
     from tscnc_kernels._masked_algorithms import Call
 
@@ -34,6 +36,8 @@ GATHERS, TAP = 1e12, 16
 CONV_DENSITY = 0.01
 # Bytes of a sector, the least that a scattered access moves.
 SECTOR = 32
+# Share of the dense rate that blocks reach: narrow ones load each feature for fewer sums.
+BLOCK_SHARE, WIDEST = 0.75, 160
 
 
 def predict(
@@ -56,6 +60,9 @@ def predict(
     elif call.batch > 0:
         name = "spmv" if call.batch == 1 else "small_batch"
         seconds[name] = _small(shape, nnz, call, direction)
+    edge = edge_of(blocks)
+    if edge is not None and call.batch > 0:
+        seconds["block"] = _block(shape, nnz, call, direction, edge)
     return seconds
 
 
@@ -99,6 +106,15 @@ def _plane(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
     if not call.values:
         moved += nnz * SECTOR + (math.prod(shape) * item if direction == "grad_weight" else 0)
     return 3 * LAUNCH + moved / MEMORY + nnz * call.batch / GATHERS
+
+
+def _block(shape: Sequence[int], nnz: int, call: Call, direction: str, edge: int) -> float:
+    item = call.dtype.itemsize
+    rate = _rate("masked_linear", call.dtype) * min(BLOCK_SHARE, edge / WIDEST)
+    moved = (call.batch * sum(shape) + nnz) * item
+    if not call.values and direction == "grad_weight":
+        moved += math.prod(shape) * item
+    return LAUNCH + max(2.0 * call.batch * nnz / rate, moved / MEMORY)
 
 
 def _small(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:

@@ -9,7 +9,7 @@ from tscnc_kernels._masked_algorithms import BACKWARD, SEPARATE, Choice
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Product = Callable[[str], tuple[Tensor, Tensor]]
-Sparse = Callable[[str, str, Sequence[bool]], Sequence[Tensor]]
+Sparse = Callable[[str, str, Sequence[bool]], Sequence[Tensor | None]]
 Dense = Callable[[Sequence[bool]], Gradients]
 
 

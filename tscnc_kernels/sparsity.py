@@ -205,7 +205,7 @@ class SparsityPattern:
     def block_shape(self) -> tuple[int, int] | None:
         """(r, c) of the blocks that the mask is made of, or None where r would be under 4.
 
-        Both are powers of two up to 64 that divide the mask's sides. Looked at when it is first
+        Both are powers of two up to 128 that divide the mask's sides. Looked at when it is first
         asked for; in a mask without blocks the first rows tell.
         """
         index = self.row_pointers.cpu(), self.columns.cpu()
@@ -288,7 +288,11 @@ class SparsityPattern:
         """The pattern on a device; itself if it is there already."""
         if self.bits.device == torch.empty(0, device=device).device:
             return self
-        return SparsityPattern(self.shape, *(tensor.to(device) for tensor in self.tensors))
+        moved = SparsityPattern(self.shape, *(tensor.to(device) for tensor in self.tensors))
+        if self.device.type == "cpu":
+            # Here nobody has to wait for a GPU, which a captured graph could not.
+            moved.__dict__["block_shape"] = self.block_shape
+        return moved
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.op_suite import TOLERANCES, check_close
 from tests.ops.test_masked_linear import MASKS, pattern
-from tscnc_kernels import _masked_cuda, masked_linear
+from tscnc_kernels import SparsityPattern, _backend, _masked_cuda, masked_linear
 from tscnc_kernels._autotune import fastest
 from tscnc_kernels._masked_algorithms import DIRECTIONS, Call, check_forced
 
@@ -50,14 +50,40 @@ def test_a_weight_that_is_masked_already_costs_nothing_to_mask():
     assert held < unknown
 
 
-def test_algorithms_that_cuda_lacks_are_refused():
-    class OnCuda:
-        device = torch.device("cuda")
+class OnCuda:
+    """A pattern as far as the choice of an algorithm looks at it."""
 
-    for name in ("blocked", "block"):
-        with pytest.raises(RuntimeError, match=f"got {name!r}"):
-            check_forced("masked_linear", OnCuda(), "native", name)
+    device = torch.device("cuda")
+    block_shape = None
+
+
+def test_algorithms_that_cuda_lacks_are_refused():
+    with pytest.raises(RuntimeError, match="got 'blocked'"):
+        check_forced("masked_linear", OnCuda(), "native", "blocked")
     check_forced("masked_linear", OnCuda(), "native", "panel")
+
+
+def test_blocks_run_on_cuda_where_triton_is_and_the_pattern_has_some(monkeypatch):
+    monkeypatch.setattr(_backend, "why_no_triton", lambda device: None)
+    with pytest.raises(RuntimeError, match="16x16 or larger here, got block_shape None"):
+        check_forced("masked_linear", OnCuda(), "native", "block")
+    kept = OnCuda()
+    kept.block_shape = 32, 16
+    check_forced("masked_linear", kept, "native", "block")
+    monkeypatch.setattr(_backend, "why_no_triton", lambda device: "the package is missing")
+    with pytest.raises(RuntimeError, match="'block' cannot run here: the package is missing"):
+        check_forced("masked_linear", kept, "native", "block")
+
+
+def test_wide_blocks_are_predicted_to_beat_dense_and_random_masks_from_lower_sparsities_on():
+    call = Call(4096, values=True, dtype=torch.bfloat16)
+
+    def best(density, blocks):
+        arguments = (4096, 4096), round(density * 4096**2), call
+        return fastest(_masked_cuda.predict("masked_linear", *arguments, "forward", blocks))
+
+    assert best(0.2, (128, 128)) == best(0.1, (64, 64)) == "block"
+    assert best(0.2, (16, 16)) == best(0.2, None) == best(0.2, (8, 64)) == "dense"
 
 
 def results(function, problem):
@@ -84,13 +110,27 @@ def test_native_cuda_algorithms_match_float64_reference(dtype, algorithm):
         compare_with_float64(kind, shape, dtype, algorithm)
 
 
+@needs_gpu
+@pytest.mark.parametrize("edge", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_blocks_on_cuda_match_float64_reference(dtype, edge):
+    blocks = torch.rand(3, 5, generator=torch.Generator().manual_seed(edge)) < 0.4
+    kept = SparsityPattern.from_mask(blocks.repeat_interleave(edge, 0).repeat_interleave(edge, 1))
+    for batch in (1, 37, 200, 2100):
+        compare(kept, batch, dtype, "block")
+
+
 def compare_with_float64(kind, shape, dtype, algorithm):
-    kept = pattern(*shape[1:], kind)
+    compare(pattern(*shape[1:], kind), shape[0], dtype, algorithm)
+
+
+def compare(kept, batch, dtype, algorithm):
+    shape = batch, *kept.shape
     problem = layer(*shape, kept, dtype, "cuda")
     exact = [tensor.double().cpu() for tensor in problem]
     expected = results(lambda x, w, b: F.gelu(F.linear(x, w * kept.mask, b)), exact)
     on_gpu = kept.to("cuda")
-    # Sums of up to 520 products of order one, and one rounding of each to the dtype.
+    # Sums of many products of order one, and one rounding of each to the dtype.
     tolerance = 40 * TOLERANCES[dtype]
     for is_dense in (True, False):
         weight = problem[1] if is_dense else on_gpu.gather(problem[1])

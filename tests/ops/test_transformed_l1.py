@@ -141,7 +141,7 @@ def test_bad_input_is_named(tensors, a, error, message):
 
 def test_explicit_backend_never_falls_back(monkeypatch):
     monkeypatch.setattr(
-        "tscnc_kernels._backend._triton_runs_on", lambda device: "no GPU in this test"
+        "tscnc_kernels._backend.why_no_triton", lambda device: "no GPU in this test"
     )
     with pytest.raises(RuntimeError, match="'triton' cannot run on cpu: no GPU in this test"):
         tscnc_kernels.transformed_l1([torch.ones(3)], backend="triton")

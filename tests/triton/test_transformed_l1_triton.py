@@ -56,3 +56,19 @@ def test_only_empty_tensors() -> None:
     )
     assert value.item() == 0
     assert grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize("count", [15, 16, 17, 40])
+def test_more_tensors_than_one_launch_takes(count: int) -> None:
+    sizes = [(37 * index * index) % 5000 * (index % 5 != 0) for index in range(count)]
+    tensors = random_tensors(sizes, torch.float32)
+    value, grads = launchers.transformed_l1_value_and_grad(tensors, 1.3)
+    assert value.item() == pytest.approx(exact_value(tensors, 1.3), rel=1e-6)
+    for tensor, grad in zip(tensors, grads, strict=True):
+        expected = tensor.double().sign() * 1.3 * 2.3 / (1.3 + tensor.double().abs()) ** 2
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sizes_never_ask_for_a_kernel_of_their_own() -> None:
+    codes = [launchers.odd(number) for number in range(200)]
+    assert not any(code == 1 or code % 16 == 0 for code in codes)

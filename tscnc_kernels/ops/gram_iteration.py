@@ -22,6 +22,8 @@ the order of the Schatten norm and the charges are worked out here.
 import torch
 from torch import Tensor
 
+from tscnc_kernels import _backend
+from tscnc_kernels._apply import is_eager
 from tscnc_kernels._checks import check_floating
 
 _UNIT = 2.0**-53
@@ -101,6 +103,10 @@ class GramIterationFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, n_iter: int) -> Tensor:
+        if is_eager() and _backend.uses_triton("gram_iteration", weight.device):
+            from tscnc_kernels.triton import gram_iteration as triton
+
+            return triton.bound(weight, n_iter)
         return reference(weight, n_iter)
 
     @staticmethod

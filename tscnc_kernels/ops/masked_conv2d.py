@@ -19,9 +19,9 @@ worth of images element by element, so that every load is aligned and no lane fa
 (csrc/cpu/masked_conv2d.h). "direct" packs nothing: it reads the images as they lie in memory and
 masks what lies beyond their borders, for stride 1 and results of the input's size
 (csrc/cpu/direct_conv.h). dX is the same product with transposed taps on G, a stride cuts planes
-into phases, and dW are inner products; wanted by one algorithm, both come from one pass over G.
-On CUDA "plane" reads the images as they are, zeros outside of them (csrc/cuda/masked_conv2d.cu).
-"dense" is torch's convolution with W ∘ M, all that other backends have.
+into phases, and dW are inner products; wanted by one algorithm, both come from one pass over G. On
+CUDA "plane" reads the images as they are (csrc/cuda/masked_conv2d.cu). "dense" is torch's
+convolution with W ∘ M, all that other backends have.
 
 Source: one offset per kept weight, Elsen et al., arXiv 1911.09723 (1×1 kernels); dX and dW from one
 pass, Nikdan et al., arXiv 2302.04852, here without scattering. Deviations: none in the formula;
@@ -358,9 +358,8 @@ def masked_conv2d(
         assume_masked: promise that a dense weight is zero off the mask, so that the dense
             algorithm need not mask it.
         backend: "native" or "reference"; None chooses.
-        algorithm: "plane", "batch" or "direct" (native, on the kept entries; the last for stride 1
-            and results of the input's size; CUDA has "plane"), "dense" (torch's convolution with
-            W ∘ M); None chooses by density and shape.
+        algorithm: "plane" (all that CUDA has), "batch" or "direct" (for stride 1 and results of
+            the input's size) on the kept entries, or "dense" (torch's, of W ∘ M); None chooses.
 
     Returns:
         (B, O, H', W') or (O, H', W') tensor of the input's dtype, and channels-last in memory

@@ -16,7 +16,8 @@ blocks of a panel in the first-level cache. "small_batch" takes up to 16 samples
 by row; "spmv" takes one sample at a time from a plain vector; "block" shares
 loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
 reference has; the triton backend applies the mask inside its own (for weights that hold something
-off it). CUDA has "panel", with samples in shared memory, and one kernel for both few and one.
+off it). CUDA has "panel", with samples in shared memory, one kernel for both few and one, and where
+Triton is installed "block", on tensor cores, for square blocks 16 to 128 wide.
 
 Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852.
 Deviations: none in the formula; reductions are ordered, so that results do not depend on threads.
@@ -35,15 +36,16 @@ from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
 from tscnc_kernels._autocast import autocast_dtype, cast
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
-from tscnc_kernels._feature_major import (
-    feature_major_linear,
-    in_layout,
-    is_feature_major,
-    new_matrix,
-)
+from tscnc_kernels._feature_major import feature_major_linear, is_feature_major, new_matrix
 from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
-from tscnc_kernels._masked_native import native_gradients, native_product
+from tscnc_kernels._masked_native import native_product
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
+from tscnc_kernels._masked_triton import (
+    runs_in_triton,
+    sparse_gradients,
+    triton_gradients,
+    triton_product,
+)
 from tscnc_kernels._masked_weight import kept_values, masked, masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
@@ -197,18 +199,13 @@ def _forward(
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
     save = save and options.activation == "gelu"
 
-    def product(algorithm: str) -> tuple[Tensor, Tensor]:
-        if algorithm != DENSE:
-            activation = ACTIVATIONS[options.activation]
-            how = activation, save, options.feature_major
-            return native_product(algorithm, input, weight, bias, pattern, *how)
-        if options.backend == "triton":
-            from tscnc_kernels.triton import masked_linear as triton
+    how = ACTIVATIONS[options.activation], save, options.feature_major
 
-            dense = masked_weight(weight, pattern) if weight.ndim == 1 else weight
-            code = ACTIVATIONS[options.activation]
-            y, z = triton.product(input, dense, pattern, bias, code, save=save)
-            return in_layout(y, options.feature_major), in_layout(z, options.feature_major)
+    def product(algorithm: str) -> tuple[Tensor, Tensor]:
+        if runs_in_triton(options.backend, algorithm, input):
+            return triton_product(algorithm, input, weight, bias, pattern, *how)
+        if algorithm != DENSE:
+            return native_product(algorithm, input, weight, bias, pattern, *how)
         matrix = masked_weight(weight, pattern, held=options.assume_masked)
         linear = feature_major_linear if options.feature_major else F.linear
         z = linear(input, matrix, bias)
@@ -229,15 +226,13 @@ def _backward(
     """First derivatives; `saved` is Y for relu and Z for gelu."""
     tensors, activation = (grad_output, saved, input, weight), options.activation
 
-    def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
-        code = ACTIVATIONS[activation]
-        return native_gradients(for_input, for_weight, *tensors, pattern, code, wanted)
+    def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        by = options.backend, (for_input, for_weight)
+        return sparse_gradients(*by, *tensors, pattern, activation, wanted)
 
     def dense(wanted: Sequence[bool]) -> Gradients:
         if options.backend == "triton":
-            from tscnc_kernels.triton import masked_linear as triton
-
-            return triton.gradients(*tensors, pattern, activation, options.dense_grad, wanted)
+            return triton_gradients(*tensors, pattern, activation, options.dense_grad, wanted)
         return reference_backward(
             *(*tensors, pattern, activation, options.dense_grad, wanted), held=options.assume_masked
         )
@@ -331,7 +326,7 @@ def masked_linear(
             layer reads it without the transposition that a row-major input takes.
         backend: "native", "triton" or "reference"; None chooses.
         algorithm: "panel", "blocked", "small_batch", "spmv", "block" (native, on the kept
-            entries) or "dense" (torch's GEMM on W ∘ M); None chooses by measurement or prediction.
+            entries; "block" triton too) or "dense" (GEMM on W ∘ M); None chooses.
 
     Returns:
         (..., N) tensor of the input's dtype, row-major unless feature_major. The gradient of the

@@ -15,7 +15,8 @@ class Variant:
 
     Args:
         kernel: the function under `triton.jit`.
-        arguments: type of every run-time parameter: "*fp32" (a pointer), "i32", "fp64", ...
+        arguments: type of every run-time parameter: "*fp32" (a pointer), "i32", "fp64", ...; a
+            tuple of them for a parameter that is one.
         constants: value of every other parameter, `tl.constexpr` or None.
         multiples_of_16: integer parameters that are multiples of 16; pointers are taken as such.
         num_warps: as in a launch.
@@ -23,7 +24,7 @@ class Variant:
     """
 
     kernel: Any
-    arguments: Mapping[str, str]
+    arguments: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, Any]
     multiples_of_16: tuple[str, ...] = ()
     num_warps: int = 4
@@ -32,7 +33,8 @@ class Variant:
     @property
     def name(self) -> str:
         """Kernel name and what tells this configuration from the others."""
-        kind = next(kind[1:] for kind in self.arguments.values() if kind.startswith("*"))
+        first = next(iter(self.arguments.values()))
+        kind = (first if isinstance(first, str) else first[0]).removeprefix("*")
         constants = [
             name if value is True else f"{name}={value}"
             for name, value in self.constants.items()

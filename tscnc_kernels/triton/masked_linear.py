@@ -9,7 +9,6 @@ the kept values alone. Sums are in float32, float64 for float64; no atomics.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,8 +19,15 @@ from tscnc_kernels._activation import activation_gradient
 from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels.sparsity import SparsityPattern
 from tscnc_kernels.triton import Variant
-
-GROUP = 8  # programs that share rows of the weight or samples in the L2 cache
+from tscnc_kernels.triton._tiles import (
+    GROUP,
+    Tile,
+    activated,
+    add_product,
+    math_type,
+    precision,
+    tile_of_program,
+)
 
 
 @triton.jit
@@ -61,27 +67,6 @@ def load_mask(
     inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
     packed = tl.load(bits + number // 8, mask=inside, other=0)
     return ((packed >> (number % 8).to(tl.uint8)) & 1) != 0
-
-
-@triton.jit
-def add_product(left, right, sums, PRECISION: tl.constexpr):
-    """Sums + left right. Triton 3.6 compiles no float64 `tl.dot` of operands in registers."""
-    if sums.dtype == tl.float64:
-        sums += tl.sum(left[:, :, None] * right[None, :, :], axis=1)
-    else:
-        sums = tl.dot(left, right, sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
-def tile_of_program(row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of this program's tile, in an order that keeps neighbours close."""
-    program = tl.program_id(0)
-    group = program // (GROUP * column_tiles)
-    first = group * GROUP
-    size = min(row_tiles - first, GROUP)
-    inside = program % (GROUP * column_tiles)
-    return first + inside % size, inside // size
 
 
 @triton.jit
@@ -137,10 +122,7 @@ def masked_linear_forward_kernel(
     places = sample[None, :].to(tl.int64) * rows + row[:, None]
     if preactivation is not None:
         tl.store(preactivation + places, sums.to(output.dtype.element_ty), mask=inside)
-    if ACTIVATION == 1:
-        sums = tl.where(sums < 0, 0.0, sums)
-    if ACTIVATION == 2:
-        sums = 0.5 * sums * (1.0 + tl.erf(sums * 0.7071067811865476))
+    sums = activated(sums, ACTIVATION)
     tl.store(output + places, sums.to(output.dtype.element_ty), mask=inside)
 
 
@@ -200,16 +182,6 @@ def masked_linear_backward_kernel(
         tl.store(result + places, sums.to(result.dtype.element_ty), mask=inside & kept)
 
 
-class Tile(NamedTuple):
-    """Sizes of a program's tile: of the result, and of what it takes per step of its sum."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
 def tile_for(dtype: torch.dtype, columns: int) -> Tile:
     """The tile for a result of so many columns (samples of a product)."""
     if dtype == torch.float64:
@@ -221,19 +193,10 @@ def tile_for(dtype: torch.dtype, columns: int) -> Tile:
     return Tile(64, 64, 64, 4, 3) if columns <= 64 else Tile(128, 128, 64, 8, 3)
 
 
-def _math(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def _precision(dtype: torch.dtype) -> str:
-    is_strict = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if is_strict else "tf32"
-
-
 def _options(tile: Tile, dtype: torch.dtype) -> dict[str, object]:
     sizes = {"ROWS": tile.rows, "DEPTH": tile.depth, "GROUP": GROUP}
     sizes |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    return {"MATH": _math(dtype), "PRECISION": _precision(dtype), **sizes}
+    return {"MATH": math_type(dtype), "PRECISION": precision(dtype), **sizes}
 
 
 def product(
@@ -380,7 +343,7 @@ def _variants(dtype: torch.dtype, kind: str) -> list[Variant]:
     found = []
     for columns in (16, 64, 128) if dtype.itemsize == 2 else (128,):
         tile = tile_for(dtype, columns)
-        common = {"MATH": _math(dtype), "PRECISION": "ieee", "GROUP": GROUP}
+        common = {"MATH": math_type(dtype), "PRECISION": "ieee", "GROUP": GROUP}
         common |= {"ROWS": tile.rows, "DEPTH": tile.depth}
         for flag in (False, True):
             product_of = _product_variant(kind, flag, common | {"SAMPLES": tile.columns})
