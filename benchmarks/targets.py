@@ -217,3 +217,11 @@ SPECTRAL = (
         for shape in ("64x576", "512x4608", "512x512", "64x64x64")
     ],
 )
+
+# Of bench_spectral_errors. Relative errors of sigma_max, cold and warm, and of sigma_min up to each
+# power of ten of kappa; share of matrices up to 1e6 that may be flagged; widths of the intervals.
+SIGMA_MAX_ERROR = {"ours, cold": 1e-3, "ours, warm": 1e-5}
+SIGMA_MIN_ERROR = {6: 1e-3, 7: 1e-2}
+SINGULAR_ERROR = 1e-3
+CAPPED_SHARE, CAPPED_POWER = 0.01, 6
+INTERVAL_WIDTH = {3: 1e-3, 4: 5e-2}
