@@ -43,7 +43,7 @@ class Times:
 
     def spectral_ratio(self, target: SpectralTarget) -> float | None:
         """The same of a spectral op."""
-        key = (target.op, target.mode, target.shape, "float32", target.sparsity, 1)
+        key = (target.op, target.mode, target.shape, target.dtype, target.sparsity, 1)
         return _best(self.by_case.get(key, {}), target.peers, target.ours)
 
 
