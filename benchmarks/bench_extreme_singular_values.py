@@ -75,17 +75,18 @@ def _wants(case: Case) -> str:
 def _inputs(
     shapes: Sequence[tuple[int, int]],
     sparsity: float,
+    dtype: torch.dtype,
     generator: torch.Generator,
     device: torch.device,
 ) -> Arguments:
     def draw(shape: tuple[int, int]) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     weights, patterns = [draw(shape) for shape in shapes], None
     masks = [torch.ones_like(weight) for weight in weights]
     if sparsity:
         kept = [torch.rand(w.shape, generator=generator).to(device) >= sparsity for w in weights]
-        masks = [keep.float() for keep in kept]
+        masks = [keep.to(dtype) for keep in kept]
         patterns = [SparsityPattern.from_mask(keep) for keep in kept]
         weights = [weight * mask for weight, mask in zip(weights, masks, strict=True)]
     noises: list[list[Tensor]] = [[], []]
@@ -227,14 +228,26 @@ def _prepare_power(case: Case, *arguments: Any) -> Call | Timed:
     return _ours("power", case, *arguments)
 
 
-def _case(shapes: Sequence[tuple[int, int]], name: str, mode: str, sparsity: float = 0.0) -> Case:
+def _prepare_gram32(case: Case, *arguments: Any) -> Call:
+    if case.dtype == torch.float64:
+        raise UnavailableError("not in the precision asked for")
+    return _peer(partial(_gram_eigvalsh, torch.float32), case, *arguments)
+
+
+def _case(
+    shapes: Sequence[tuple[int, int]],
+    name: str,
+    mode: str,
+    sparsity: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     sides = [(max(shape), min(shape)) for shape in shapes]
     return Case(
         op="extreme_singular_values",
         mode=mode,
         shape=name,
-        dtype=torch.float32,
-        inputs=partial(_inputs, shapes, sparsity),
+        dtype=dtype,
+        inputs=partial(_inputs, shapes, sparsity, dtype),
         expected=partial(_expected, mode),
         work=sum(m * n**2 + n**3 / 3 for m, n in sides),
         unit="GF/s",
@@ -259,8 +272,13 @@ def _layer_cases(shape: tuple[int, int]) -> list[Case]:
 
 CASES = [
     *[case for shape in LAYERS for case in _layer_cases(shape)],
+    *[
+        _case([shape], f"{shape[0]}x{shape[1]}", "forward", dtype=torch.float64)
+        for shape in ((256, 2304), (512, 4608))
+    ],
     *[_case([(2048, 2048)], "2048x2048", "forward", sparsity) for sparsity in (0.0, 0.95)],
     *[case for batch in BATCHES for case in _batch_cases(*batch)],
+    *[_case([(4096, 4096)], "4096x4096", mode) for mode in ("forward", "warm_max")],
     *[
         _case([shape], f"{shape[0]}x{shape[1]}", mode)
         for shape in SQUARES
@@ -275,7 +293,7 @@ PROVIDERS = [
     Provider("native", partial(_ours, "auto")),
     Provider("power iteration", _prepare_power),
     Provider("torch svdvals", partial(_peer, _svdvals)),
-    Provider("gram32 + eigvalsh", partial(_peer, partial(_gram_eigvalsh, torch.float32))),
+    Provider("gram32 + eigvalsh", _prepare_gram32),
     Provider("gram64 + eigvalsh", partial(_peer, partial(_gram_eigvalsh, torch.float64))),
     Provider(f"power iteration, {POWER_STEPS} warm steps", _power_steps),
     Provider("torch spectral_norm", _torch_spectral_norm),

@@ -38,6 +38,8 @@ class Network:
             return vgg16()
         if self.name == "resnet-18":
             return ResNet(Basic, (64, 128, 256, 512), 2, 64)
+        if self.name == "wrn-28-10":
+            return ResNet(Preactivated, (160, 320, 640), 4, 16)
         if self.name == "wrn-28-4":
             return ResNet(Preactivated, (64, 128, 256), 4, 16)
         hidden = {"mlp-2048": "mlp-2048-2048-2048"}.get(self.name, self.name)

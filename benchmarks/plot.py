@@ -3,7 +3,8 @@
 `results/<device>/<op>.csv` becomes figures beside it. A shape that was measured at several
 sparsities has a figure of its own, `<op>-<shape>.svg`: time against density, one panel per mode.
 The other rows share `<op>.svg`: bars per shape and backend. A shorter time is better, and the axis
-says so. The sparse layers and the training step have figures of their own: `plot_sparse.py`.
+says so. The sparse layers, the training step and the errors of spectra have figures of their own:
+`plot_sparse.py`, `accuracy.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import plot_sparse, results
+from benchmarks import accuracy, plot_sparse, results
 from benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def plot_file(path: Path) -> list[Path]:
     Raises:
         ValueError: the file has no rows, or is not a results file.
     """
+    if path.parent.name == "accuracy":
+        return accuracy.plot_file(path)
     rows = results.load(path)
     if not rows:
         raise ValueError(f"{path}: no rows to plot")

@@ -1,4 +1,7 @@
-"""The one results schema: `results/<device>/<op>.csv`, one row per case and backend."""
+"""The results files: `results/<device>/<op>.csv`, one row per case and backend, all of one schema.
+
+What is not a timing has a schema of its own, a dataclass, in `results/<device>/accuracy/`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 FOLDER = Path(__file__).parent / "results"
 KEY = ("op", "backend", "mode", "shape", "dtype", "sparsity", "device", "threads")
@@ -43,34 +46,47 @@ class Row:
         return tuple(_text(getattr(self, name)) for name in KEY)
 
 
-def load(path: Path) -> list[Row]:
-    """Read a results file; a missing one is empty.
+Record = TypeVar("Record")
+
+
+def read_table(path: Path, kind: type[Record]) -> list[Record]:
+    """Read a file of one dataclass; a missing one is empty.
 
     Raises:
         ValueError: the file's columns are not the schema's, or a field is not of its type.
     """
     if not path.exists():
         return []
-    columns = [field.name for field in fields(Row)]
+    columns = _columns(kind)
     with path.open(newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
         if reader.fieldnames != columns:
             raise ValueError(f"{path}: expected columns {columns}, got {reader.fieldnames}")
-        return [_parse(path, number, record) for number, record in enumerate(reader, start=2)]
+        return [_parse(path, kind, number, line) for number, line in enumerate(reader, start=2)]
+
+
+def write_table(path: Path, rows: Sequence[Any], kind: type) -> None:
+    """Write all rows of one dataclass, in place of what the file held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(_columns(kind))
+        for row in rows:
+            writer.writerow([_text(value) for value in asdict(row).values()])
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> list[Row]:
+    """Read a file of timings; see `read_table`."""
+    return read_table(path, Row)
 
 
 def save(rows: Sequence[Row], folder: Path | None = None) -> None:
     """Merge rows into their files; a row with the key of an old one takes its place."""
     for path, new in _by_file(rows, folder or FOLDER):
         merged = {row.key: row for row in [*load(path), *new]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow([field.name for field in fields(Row)])
-            for row in sorted(merged.values(), key=_order):
-                writer.writerow([_text(value) for value in asdict(row).values()])
-        os.replace(temporary, path)
+        write_table(path, sorted(merged.values(), key=_order), Row)
 
 
 def saved_backends(case: dict[str, Any], folder: Path | None = None) -> set[str]:
@@ -90,12 +106,14 @@ def _by_file(rows: Sequence[Row], folder: Path) -> Iterator[tuple[Path, list[Row
         yield path, [row for row in rows if folder / row.device / f"{row.op}.csv" == path]
 
 
-def _parse(path: Path, number: int, record: dict[str, str]) -> Row:
+def _columns(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _parse(path: Path, kind: type[Record], number: int, line: dict[str, str]) -> Record:
     kinds = {"float": float, "int": int, "str": str}
     try:
-        return Row(
-            **{field.name: kinds[str(field.type)](record[field.name]) for field in fields(Row)}
-        )
+        return kind(**{f.name: kinds[str(f.type)](line[f.name]) for f in fields(kind)})  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
 

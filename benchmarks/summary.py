@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks import results, targets
+from benchmarks import accuracy, bench_spectral_errors, judge_intervals, results, targets
 from benchmarks.results import Row
 from benchmarks.targets import SPARSITIES, SpectralTarget, Target
 
@@ -43,7 +43,7 @@ class Times:
 
     def spectral_ratio(self, target: SpectralTarget) -> float | None:
         """The same of a spectral op."""
-        key = (target.op, target.mode, target.shape, "float32", target.sparsity, 1)
+        key = (target.op, target.mode, target.shape, target.dtype, target.sparsity, 1)
         return _best(self.by_case.get(key, {}), target.peers, target.ours)
 
 
@@ -200,6 +200,17 @@ def report(rows: Sequence[Row], only_measured: bool = False) -> list[str]:
     return lines
 
 
+def errors_of_spectra(folder: Path) -> list[str]:
+    """What was measured of errors and judged of intervals, line by line."""
+    found = list(accuracy.lines(bench_spectral_errors.load(folder)))
+    counts = judge_intervals.load(folder)
+    if counts:
+        found += judge_intervals.lines(counts)
+    return ["Errors of spectra, reached/target:", *(f"  {line}" for line in found), ""] * bool(
+        found
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the report of every device folder, or of the one named."""
     parser = argparse.ArgumentParser(description="Print reached/target per cell.")
@@ -209,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder in folders:
         rows = [row for path in sorted(folder.glob("*.csv")) for row in results.load(path)]
         print(f"{folder.name}\n", *report(rows), "", sep="\n")
+        print(*errors_of_spectra(folder), sep="\n")
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ class SpectralTarget:
     ratio: float | None
     sparsity: float = 0.0
     ours: str = "native"
+    dtype: str = "float32"
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -185,6 +186,10 @@ SPECTRAL = (
     *_ends("256x2304", 1.8, 14),
     *_ends("512x4608", 2.0, 17),
     *_ends("512x4608", 6.8, 68, 0.95),
+    *[
+        SpectralTarget("both ends, cold, float64", _ENDS, "forward", n, ratio, dtype="float64")
+        for n, ratio in (("256x2304", 2.1), ("512x4608", 2.4))
+    ],
     *_ends("512x512", 3.3, 4.3),
     *_ends("2048x2048", 3.0, None),
     *_ends("2048x2048", 5.9, None, 0.95),
@@ -217,3 +222,11 @@ SPECTRAL = (
         for shape in ("64x576", "512x4608", "512x512", "64x64x64")
     ],
 )
+
+# Of bench_spectral_errors. Relative errors of sigma_max, cold and warm, and of sigma_min up to each
+# power of ten of kappa; share of matrices up to 1e6 that may be flagged; widths of the intervals.
+SIGMA_MAX_ERROR = {"ours, cold": 1e-3, "ours, warm": 1e-5}
+SIGMA_MIN_ERROR = {6: 1e-3, 7: 1e-2}
+SINGULAR_ERROR = 1e-3
+CAPPED_SHARE, CAPPED_POWER = 0.01, 6
+INTERVAL_WIDTH = {3: 1e-3, 4: 5e-2}

@@ -234,9 +234,32 @@ T* data(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// (2, L) sigma, (2, rows) left, (2, cols) right, (2 * kMaxTies, smaller) block, (4, smaller) state,
-// (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties, (L, 3, 2) bounds, the vectors of all
-// matrices side by side.
+bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+
+// The values rounded to float32.
+Tensor narrowed(Tensor wide, std::initializer_list<int64_t> shape) {
+  Tensor narrow = empty(shape, ScalarType::Float);
+  const double* from = data<double>(wide);
+  float* to = data<float>(narrow);
+  for (int64_t i = 0, numel = narrow.numel(); i < numel; ++i) to[i] = static_cast<float>(from[i]);
+  return narrow;
+}
+
+// A float64 tensor of the values of a float32 or float64 one.
+Tensor widened(Tensor given, int64_t numel) {
+  const bool wide = given.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(given.numel() == numel && given.is_contiguous() &&
+                      (wide || given.scalar_type() == ScalarType::Float),
+                  kOp, ": expected the outputs of the forward call");
+  if (wide) return given;
+  Tensor result = empty({numel}, ScalarType::Double);
+  std::copy_n(data<float>(given), numel, data<double>(result));
+  return result;
+}
+
+// (2, L) sigma, (2, rows) left, (2, cols) right, all float32 unless a matrix is float64; (2 *
+// kMaxTies, smaller) block, (4, smaller) state, (L,) rank, (L, 2) residual, (L,) flags, (L, 2)
+// ties, (L, 3, 2) bounds, the vectors of all matrices side by side.
 using Outputs =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -307,6 +330,11 @@ Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors str
     factorisations(jobs[i].matrix, options, start_of(i), packing.smaller, workspace, &result);
     write(i, result);
   });
+  if (std::none_of(matrices.begin(), matrices.end(), is_double)) {
+    sigma = narrowed(sigma, {2, count});
+    left = narrowed(left, {2, packing.rows});
+    right = narrowed(right, {2, packing.cols});
+  }
   return {sigma, left, right, block, next_state, rank, residual, flags, ties, bounds};
 }
 
@@ -321,10 +349,10 @@ Tensors extreme_singular_values_backward_cpu(Tensor grad_sigma, Tensors matrices
   Packing packing;
   const std::vector<Job> jobs = make_jobs(matrices, {masks, {}, {}, {}}, false, &packing);
   const int64_t count = static_cast<int64_t>(jobs.size());
-  check_numel(grad_sigma, 2 * count, ScalarType::Double);
-  check_numel(sigma, 2 * count, ScalarType::Double);
-  check_numel(left, 2 * packing.rows, ScalarType::Double);
-  check_numel(right, 2 * packing.cols, ScalarType::Double);
+  grad_sigma = widened(grad_sigma, 2 * count);
+  sigma = widened(sigma, 2 * count);
+  left = widened(left, 2 * packing.rows);
+  right = widened(right, 2 * packing.cols);
   check_numel(block, 2 * kMaxTies * packing.smaller, ScalarType::Double);
   check_numel(ties, 2 * count, ScalarType::Long);
   Tensors gradients;

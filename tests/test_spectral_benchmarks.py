@@ -91,9 +91,12 @@ def test_spectral_targets_name_providers_and_are_held_against_the_best():
     for target in targets.SPECTRAL:
         names = {provider.name for provider in benches[target.op].PROVIDERS}
         assert {target.ours, *target.peers} <= names, target.name
-        if target.op != "extreme_singular_values":
-            cases = {(case.mode, case.shape) for case in benches[target.op].CASES}
-            assert (target.mode, target.shape) in cases, target.name
+        cases = {
+            (case.mode, case.shape, str(case.dtype), case.sparsity)
+            for case in benches[target.op].CASES
+        }
+        wanted = (target.mode, target.shape, f"torch.{target.dtype}", target.sparsity)
+        assert wanted in cases, target.name
 
     def row(backend: str, p50: float) -> Row:
         return replace(
@@ -107,3 +110,15 @@ def test_spectral_targets_name_providers_and_are_held_against_the_best():
     ]
     (line,) = summary.spectral(summary.Times(rows), only_measured=True)[2:]
     assert "cold" in line and "3/3.5 !" in line
+
+
+def test_float64_cases_are_held_against_float64_peers():
+    case = bench_extreme_singular_values._case([(24, 40)], "24x40", "forward", dtype=torch.float64)
+    expected = case.expected(*case.inputs(torch.Generator().manual_seed(0), CPU))
+    for provider in bench_extreme_singular_values.PROVIDERS:
+        found = first_result(case, provider)
+        if provider.name == "gram32 + eigvalsh":
+            assert found == "not in the precision asked for"
+        elif not isinstance(found, str):
+            assert disagreement(found, expected, case.tolerance) is None
+            assert found[0].dtype == torch.float64

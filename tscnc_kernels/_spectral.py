@@ -17,9 +17,9 @@ RANK_DEFICIENT, SHIFTED, CAP_REACHED, REFACTORED = 1, 2, 4, 8
 MAX_TIES = 16
 _UNIT = 2.0**-53
 
-# The raw op's outputs: (2, L) sigma, (2, Σ rows) left, (2, Σ cols) right, (2 MAX_TIES, Σ smaller)
-# block of tied vectors, (4, Σ smaller) state, (L,) rank, (L, 2) residual, (L,) flags, (L, 2) ties,
-# (L, 3, 2) bounds; float64 or int64.
+# The raw op's outputs: (2, L) sigma, (2, Σ rows) left, (2, Σ cols) right, of `output_dtype`; (2
+# MAX_TIES, Σ smaller) block of tied vectors, (4, Σ smaller) state, (L,) rank, (L, 2) residual, (L,)
+# flags, (L, 2) ties, (L, 3, 2) bounds, float64 or int64.
 Raw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -45,6 +45,12 @@ class ExtremeSingularValues(NamedTuple):
     flags: Tensor
     state: Tensor
     bounds: Bounds | None
+
+
+def output_dtype(matrices: Sequence[Tensor]) -> torch.dtype:
+    """Of the singular values and vectors of a list."""
+    wide = any(matrix.dtype == torch.float64 for matrix in matrices)
+    return torch.float64 if wide else torch.float32
 
 
 def check_state(state: Tensor, matrices: Sequence[Tensor]) -> None:
@@ -151,7 +157,12 @@ def certified_bounds(w: Tensor, sigma: Tensor, last: Tensor) -> Tensor:
 
 
 def pack_reference(
-    matrices: list[Tensor], sigma: Tensor, lasts: list[Tensor], tie_tol: float, certify: bool
+    matrices: list[Tensor],
+    sigma: Tensor,
+    lasts: list[Tensor],
+    tie_tol: float,
+    certify: bool,
+    dtype: torch.dtype,
 ) -> Raw:
     """The raw op's outputs by float64 SVDs of the masked matrices with the given values."""
     lefts, rights, blocks, residuals, flags, ties, bounds = [], [], [], [], [], [], []
@@ -179,9 +190,9 @@ def pack_reference(
         )
     block = torch.cat(blocks, dim=1)
     return (
-        sigma,
-        torch.cat(lefts, dim=1),
-        torch.cat(rights, dim=1),
+        sigma.to(dtype),
+        torch.cat(lefts, dim=1).to(dtype),
+        torch.cat(rights, dim=1).to(dtype),
         block,
         torch.cat([block[:2], block[MAX_TIES : MAX_TIES + 2]]),
         torch.cat(lasts) + 1,
@@ -226,10 +237,7 @@ def without_smallest(raw: Raw) -> Raw:
 def unpack(raw: Raw, matrices: Sequence[Tensor], largest_only: bool) -> ExtremeSingularValues:
     """The public result of a raw one."""
     sigma, left, right, _, state, rank, residual, flags, _, bounds = raw
-    is_double = any(matrix.dtype == torch.float64 for matrix in matrices)
-    if not is_double:
-        sigma, left, right = sigma.float(), left.float(), right.float()
-    rows, cols = ([matrix.shape[side] for matrix in matrices] for side in (0, 1))
+    rows, cols = zip(*[matrix.shape for matrix in matrices], strict=True)
     largest, smallest = sigma.unbind()
     u_max, u_min = _pieces(left, rows)
     v_max, v_min = _pieces(right, cols)
@@ -252,7 +260,7 @@ def unpack(raw: Raw, matrices: Sequence[Tensor], largest_only: bool) -> ExtremeS
     )
 
 
-def _pieces(vectors: Tensor, sizes: list[int]) -> list[tuple[Tensor, ...]]:
+def _pieces(vectors: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, ...]]:
     """Both rows, each cut into the matrices' vectors."""
     ends = vectors.unbind()
     return [(end,) for end in ends] if len(sizes) == 1 else [end.split(sizes) for end in ends]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from tests.spectra import gaussian
+from benchmarks.spectra import gaussian
 from tscnc_kernels import conv_singular_values, extreme_singular_values, spectral_report
 from tscnc_kernels.nn import sparsify
 from tscnc_kernels.nn.spectral_report import renyi_numbers

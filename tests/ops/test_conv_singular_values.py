@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from benchmarks.spectra import gaussian
 from tests.op_suite import check_close
-from tests.spectra import gaussian
 from tscnc_kernels import _convolution, _symbol_search, use_backend
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT
 from tscnc_kernels.ops.conv_singular_values import conv_singular_values

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.spectra import exact, gaussian, with_spectrum
 from tests.op_suite import OpSpec, OpSuite, check_close
-from tests.spectra import exact, gaussian, with_spectrum
 from tscnc_kernels import SparsityPattern, extreme_singular_values
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT, REFACTORED
 from tscnc_kernels.ops.extreme_singular_values import reference

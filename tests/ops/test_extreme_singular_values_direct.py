@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.spectra import exact, gaussian, with_spectrum
+from benchmarks.spectra import exact, gaussian, with_spectrum
 from tscnc_kernels import SparsityPattern, extreme_singular_values
 from tscnc_kernels._spectral import CAP_REACHED
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.spectra import exact, gaussian, with_spectrum
 from tests.op_suite import check_close
-from tests.spectra import exact, gaussian, with_spectrum
 from tscnc_kernels import SparsityPattern, extreme_singular_values
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT
 
@@ -150,16 +150,18 @@ def test_the_state_of_another_matrix_gives_right_values(shape, ends):
             assert result.sigma_min.item() == pytest.approx(s[-1].item(), rel=1e-3), name
 
 
-def test_a_disconnected_block_that_outgrows_the_state_is_found():
-    blocks = torch.zeros(300, 60)
-    blocks[:150, :30], blocks[150:, 30:] = gaussian(150, 30), 0.8 * gaussian(150, 30, 1)
+@pytest.mark.parametrize("rows", [300, 60])
+def test_a_disconnected_block_that_outgrows_the_state_is_found(rows):
+    half = rows // 2
+    blocks = torch.zeros(rows, 60)
+    blocks[:half, :30], blocks[half:, 30:] = gaussian(half, 30), 0.8 * gaussian(half, 30, 1)
     state = extreme_singular_values([blocks]).state
     for _ in range(120):
-        blocks[150:, 30:] *= 1.005
+        blocks[half:, 30:] *= 1.005
         result = extreme_singular_values([blocks], state=state)
         state = result.state
     s = exact(blocks)
-    assert s[0].item() == pytest.approx(exact(blocks[150:, 30:])[0].item())
+    assert s[0].item() == pytest.approx(exact(blocks[half:, 30:])[0].item())
     assert result.sigma_max.item() == pytest.approx(s[0].item(), rel=1e-5)
 
 

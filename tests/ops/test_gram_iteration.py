@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 
+from benchmarks.spectra import gaussian, with_spectrum
 from tests.op_suite import check_close
-from tests.spectra import gaussian, with_spectrum
 from tscnc_kernels.ops.gram_iteration import gram_iteration
 
 GOLDEN = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from benchmarks.spectra import gaussian
 from tests.op_suite import check_close
-from tests.spectra import gaussian
 from tscnc_kernels import SparsityPattern
 from tscnc_kernels.ops.nuclear_norm import nuclear_norm, nuclear_norm_prox
 

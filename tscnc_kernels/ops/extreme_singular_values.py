@@ -51,6 +51,7 @@ from tscnc_kernels._spectral import (
     RawLists,
     check_state,
     index_of,
+    output_dtype,
     pack_reference,
     split_lists,
     unpack,
@@ -224,10 +225,11 @@ def _(
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return matrices[0].new_empty(shape, dtype=dtype)
 
+    dtype = output_dtype(matrices)
     return (
-        empty(2, count),
-        empty(2, rows),
-        empty(2, cols),
+        empty(2, count, dtype=dtype),
+        empty(2, rows, dtype=dtype),
+        empty(2, cols, dtype=dtype),
         empty(2 * MAX_TIES, smaller),
         empty(4, smaller),
         empty(count, dtype=torch.int64),
@@ -265,7 +267,8 @@ def _run(lists: RawLists, state: Tensor | None, settings: _Settings, backend: st
     masked = [_masked(index, matrices, masks) for index in range(len(matrices))]
     lasts = [_last(i, w, structures, settings.structural) for i, w in enumerate(masked)]
     sigma = reference(matrices, masks, structures, settings.structural)
-    packed = pack_reference(masked, sigma, lasts, settings.tie_tol, settings.certify)
+    dtype = output_dtype(matrices)
+    packed = pack_reference(masked, sigma, lasts, settings.tie_tol, settings.certify, dtype)
     return without_smallest(packed) if settings.largest_only else packed
 
 
@@ -384,9 +387,8 @@ def extreme_singular_values(
     if patterns is not None:
         found = [index_of(p, w) for p, w in zip(patterns, dense, strict=True)]
         lists = RawLists(dense, *map(list, zip(*found, strict=True)))
-    largest_only = ends == "max"
     settings = _Settings(
-        rank == "structural", float(tie_tol), method == "power", bool(certify), largest_only
+        rank == "structural", float(tie_tol), method == "power", bool(certify), ends == "max"
     )
     start = None if state is None else state.detach().contiguous()
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in dense):
@@ -396,4 +398,4 @@ def extreme_singular_values(
         )
     else:
         raw = _run(lists, start, settings, chosen)
-    return unpack(raw, dense, largest_only)
+    return unpack(raw, dense, settings.largest_only)

@@ -7,8 +7,9 @@ Formula, with A₁ the weight seen tall (m × n, n ≤ m):
     ∂B_T = W S^(2^T − 1) / B_T,   S = WᵀW / B_T²
 
 B_T is the Schatten norm of order p: each step squares σ_i / σ_1. A step is scaled by f_t = ‖A_t‖_F,
-and the scales are undone from the last one back, σ_1(A_t) = f_t √σ_1(A_tᵀA_t / f_t²), which needs
-no logarithm and cannot overflow.
+the root of the product's trace, and the scales are undone from the last one back, σ_1(A_t) =
+f_t √σ_1(A_tᵀA_t / f_t²), which needs no logarithm and cannot overflow. Large products are formed by
+blocks of columns, of which those below the diagonal are copies.
 
 Rounding: everything is computed in float64, and what the products lose, at most k u ‖A_t‖_F² for a
 sum of k terms, is added under each root; the result is rounded up to the weight's precision. So the
@@ -29,6 +30,8 @@ from tscnc_kernels._checks import check_floating
 _UNIT = 2.0**-53
 # From there on the bound is σ_1 to float64's last digit for any rank.
 _MOST_STEPS = 60
+# Sides from which products by blocks of columns are faster, and their number.
+_LEAST_BLOCKED, _BLOCKS = 192, 4
 
 
 def _check(weight: Tensor, n_iter: int) -> None:
@@ -53,22 +56,39 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)[..., None, None]
 
 
+def _gram(matrix: Tensor) -> Tensor:
+    """AᵀA."""
+    n = matrix.shape[-1]
+    if n < _LEAST_BLOCKED:
+        return matrix.mT @ matrix
+    width = -(-n // _BLOCKS)
+    gram = matrix.new_empty(*matrix.shape[:-2], n, n)
+    for first in range(0, n, width):
+        block = matrix[..., first : first + width].mT @ matrix[..., first:]
+        gram[..., first : first + width, first:] = block
+        gram[..., first + width :, first : first + width] = block[..., width:].mT
+    return gram
+
+
 def reference(weight: Tensor, n_iter: int) -> Tensor:
     """(…) float64 bounds with the rounding charged, written for its value."""
     power = _tall(weight.double())
-    size = power.abs().amax(dim=(-2, -1))
-    power = power / _divisor(size)
-    scales, charges = [], []
+    size = torch.ones((), dtype=power.dtype, device=power.device)
+    if weight.dtype == torch.float64:
+        # Of narrower types no square leaves the range.
+        size = power.abs().amax(dim=(-2, -1))
+        power = power / _divisor(size)
+    squares, charges = [], []
     for _ in range(n_iter):
-        scales.append(torch.linalg.matrix_norm(power))
-        # The division and the roots below cost a few units beside the sum of the product.
+        # The trace, the division and the roots below cost a few units beside the product's sums.
         charges.append(1.01 * (power.shape[-2] + 16) * _UNIT)
-        power = power / _divisor(scales[-1])
-        power = power.mT @ power
+        power = _gram(power)
+        squares.append(power.diagonal(dim1=-2, dim2=-1).sum(dim=-1))
+        power = power / _divisor(squares[-1])
     entries = power.shape[-2] * power.shape[-1]
     bound = torch.linalg.matrix_norm(power) * (1 + (entries + 16) * _UNIT)
-    for scale, charge in zip(reversed(scales), reversed(charges), strict=True):
-        bound = scale * (bound + charge).sqrt() * (1 + 4 * _UNIT)
+    for square, charge in zip(reversed(squares), reversed(charges), strict=True):
+        bound = (square * (bound + charge)).sqrt() * (1 + 4 * _UNIT)
     return size * bound * (1 + 4 * _UNIT)
 
 
@@ -86,7 +106,7 @@ def reference_backward(grad_output: Tensor, weight: Tensor, bound: Tensor, n_ite
     tall = _tall(weight.double()) / _divisor(bound)
     gradient = tall
     if n_iter > 0:
-        square = _scaled(tall.mT @ tall)
+        square = _scaled(_gram(tall))
         # After t rounds the power is 2^t − 1.
         power = square
         for _ in range(n_iter - 1):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.spectra import gaussian
+from benchmarks.spectra import gaussian
 from tscnc_kernels.nn.utils import clamp_condition_number_
 
 

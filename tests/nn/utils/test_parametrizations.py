@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations as torchs
 
+from benchmarks.spectra import gaussian
 from tests.op_suite import check_close
-from tests.spectra import gaussian
 from tscnc_kernels import SparsityPattern
 from tscnc_kernels.nn import MaskedConv2d, MaskedLinear
 from tscnc_kernels.nn.utils.parametrizations import spectral_norm
