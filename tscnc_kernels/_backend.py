@@ -87,6 +87,11 @@ def select(op: str, device: torch.device, backend: str | None = None) -> str:
     return wanted
 
 
+def forced() -> str | None:
+    """The backend that TSCNC_BACKEND or `use_backend` asks for, None where ops choose."""
+    return _forced
+
+
 class use_backend:
     """Run every op on one backend from now on, or inside a `with` block.
 
