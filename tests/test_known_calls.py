@@ -76,7 +76,7 @@ def test_a_bad_setting_after_a_good_call_raises(layer, options, error) -> None:
 
 
 def test_what_a_call_depends_on_outside_makes_it_another(layer) -> None:
-    input, values, pattern, bias = layer
+    input, values, _, bias = layer
     before = call_key(input, values, bias, ())
     with use_backend("reference"):
         assert call_key(input, values, bias, ()) != before
