@@ -129,7 +129,7 @@ def reference_backward(
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = kept_values(grad_weight, pattern)
     elif grad_weight is not None and not dense_grad:
-        grad_weight = masked(grad_weight, pattern)
+        grad_weight = masked(grad_weight, pattern, own=True)
     return grad_input, grad_weight, gradient.sum(0) if needs[2] else None
 
 
