@@ -175,8 +175,8 @@ def _predict_backward(
         if cost.both and cost.batches[0] <= call.batch <= cost.batches[1]:
             saved = 2 * cost.product - cost.both
             entries, elements = nnz * call.batch, call.batch * (shape[0] + shape[1])
-            work = 1e-9 * (saved * entries + cost.sample / 2 * elements) * call.dtype.itemsize / 4
-            seconds[name] = sum(times[name] for times in each) - work
+            work = (saved * entries + cost.sample / 2 * elements) * call.dtype.itemsize / 4
+            seconds[name] = sum(times[name] for times in each) - 1e-9 * (work + cost.call)
     return seconds
 
 
