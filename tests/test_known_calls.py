@@ -95,3 +95,15 @@ def test_batches_of_ever_new_sizes_are_forgotten(layer) -> None:
     for batch in range(1, MOST + 20):
         masked_linear(torch.zeros(batch, WIDTH), values, pattern, bias)
     assert len(pattern.__dict__["_known_calls"]) <= MOST
+
+
+def test_a_call_that_is_traced_is_not_known(layer) -> None:
+    input, values, _, bias = layer
+    keys = [call_key(input, values, bias, ())]
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        keys.append(call_key(x, values, bias, ()))
+        return x + 1
+
+    torch.jit.trace(look, input, check_trace=False)
+    assert keys[0] is not None and keys[1:] == [None]

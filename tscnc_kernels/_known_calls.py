@@ -19,6 +19,7 @@ MOST = 64
 
 _plain = frozenset((Tensor, torch.nn.Parameter))
 _is_autocast_on = torch._C._is_any_autocast_enabled
+_tracing_state = torch._C._get_tracing_state
 
 
 def call_key(
@@ -29,7 +30,7 @@ def call_key(
     None where that is not known or not worth to be: under tracing, functorch and autocast, for
     subclasses of tensors, and for tensors that do not agree in dtype and device.
     """
-    if not is_eager() or _is_autocast_on():
+    if not is_eager() or _is_autocast_on() or _tracing_state() is not None:
         return None
     if type(input) is not Tensor or type(weight) not in _plain:
         return None
