@@ -29,6 +29,8 @@ using torch::stable::Tensor;
 constexpr const char* kOp = kMaskedLinear;
 // Multiply-adds that are worth a second thread.
 constexpr int64_t kParallelWork = 1 << 18;
+// Entries that are worth a second thread when they are only moved.
+constexpr int64_t kParallelMoves = 1 << 15;
 
 template <class T>
 const T* data(const Tensor& tensor) {
@@ -201,11 +203,10 @@ Tensor reordered(const Tensor& values, const Structure& structure, bool inverse)
   const Tensor ordered = new_vector(values.numel(), values.scalar_type());
   const auto* source = data<Working<T>>(values);
   auto* target = static_cast<Working<T>*>(ordered.mutable_data_ptr());
-  const SparseRows& transposed = structure.transposed;
-  for_rows(transposed, [&](int64_t row) {
-    for (int64_t j = transposed.pointers[row]; j < transposed.pointers[row + 1]; ++j) {
-      const int64_t place = structure.permutation[j];
-      target[inverse ? place : j] = source[inverse ? j : place];
+  const int32_t* order = structure.permutation;
+  torch::stable::parallel_for(0, values.numel(), kParallelMoves, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      target[inverse ? order[j] : j] = source[inverse ? j : order[j]];
     }
   });
   return ordered;

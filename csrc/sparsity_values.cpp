@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cpu/mask_entries.h"
 #include "dtype_dispatch.h"
 #include "sparse_index.h"
 
@@ -81,28 +82,47 @@ Tensor sparsity_scatter(const Tensor& values, const Tensor& row_pointers, const 
   return matrix;
 }
 
-// The matrix where the packed mask keeps it, and zero elsewhere, even where it is not finite.
-Tensor sparsity_mask(const Tensor& matrix, const Tensor& bits) {
-  constexpr char kOp[] = "sparsity_mask";
+template <class U>
+void mask_into(const Tensor& matrix, const Tensor& bits, const Tensor& target) {
+  const auto kernel = TSCNC_SELECT(mask_entries<U>);
+  const auto* source = static_cast<const U*>(matrix.const_data_ptr());
+  const auto* kept = static_cast<const uint8_t*>(bits.const_data_ptr());
+  auto* entries = static_cast<U*>(target.mutable_data_ptr());
+  const int64_t count = matrix.numel();
+  torch::stable::parallel_for(0, bits.numel(), 1 << 13, [&](int64_t begin, int64_t end) {
+    kernel(source, kept, begin, end, count, entries);
+  });
+}
+
+void check_mask(const char* op, const Tensor& matrix, const Tensor& bits) {
   const int64_t count = matrix.numel();
   STD_TORCH_CHECK(matrix.is_cpu() && matrix.is_contiguous() && bits.is_cpu() &&
                       bits.is_contiguous() && bits.scalar_type() == ScalarType::Byte &&
                       bits.numel() == (count + 7) / 8,
-                  kOp, ": expected a contiguous CPU tensor and ", (count + 7) / 8,
+                  op, ": expected a contiguous CPU tensor and ", (count + 7) / 8,
                   " bytes of mask, got ", bits.numel());
-  Tensor result = torch::stable::empty_like(matrix);
-  const auto* kept = static_cast<const uint8_t*>(bits.const_data_ptr());
-  dispatch_floating(kOp, matrix.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const T* source = static_cast<const T*>(matrix.const_data_ptr());
-    T* target = static_cast<T*>(result.mutable_data_ptr());
-    torch::stable::parallel_for(0, count, 1 << 15, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        target[i] = kept[i / 8] >> (i % 8) & 1 ? source[i] : T{};
-      }
-    });
+}
+
+void mask_floating(const char* op, const Tensor& matrix, const Tensor& bits, const Tensor& target) {
+  check_mask(op, matrix, bits);
+  dispatch_floating(op, matrix.scalar_type(), [&](auto tag) {
+    constexpr size_t kSize = sizeof(typename decltype(tag)::type);
+    if constexpr (kSize == 2) mask_into<uint16_t>(matrix, bits, target);
+    if constexpr (kSize == 4) mask_into<uint32_t>(matrix, bits, target);
+    if constexpr (kSize == 8) mask_into<uint64_t>(matrix, bits, target);
   });
+}
+
+// The matrix where the packed mask keeps it, and zero elsewhere, even where it is not finite.
+Tensor sparsity_mask(const Tensor& matrix, const Tensor& bits) {
+  Tensor result = torch::stable::empty_like(matrix);
+  mask_floating("sparsity_mask", matrix, bits, result);
   return result;
+}
+
+// The same in place.
+void sparsity_mask_in_place(const Tensor& matrix, const Tensor& bits) {
+  mask_floating("sparsity_mask_", matrix, bits, matrix);
 }
 
 #ifdef TSCNC_WITH_CUDA
@@ -168,12 +188,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
       "sparsity_scatter(Tensor values, Tensor row_pointers, Tensor columns, int width) -> Tensor");
   m.def("sparsity_mask(Tensor matrix, Tensor bits) -> Tensor");
+  m.def("sparsity_mask_(Tensor(a!) matrix, Tensor bits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CPU, m) {
   m.impl("sparsity_gather", TORCH_BOX(&tscnc::sparsity_gather));
   m.impl("sparsity_scatter", TORCH_BOX(&tscnc::sparsity_scatter));
   m.impl("sparsity_mask", TORCH_BOX(&tscnc::sparsity_mask));
+  m.impl("sparsity_mask_", TORCH_BOX(&tscnc::sparsity_mask_in_place));
 }
 
 #ifdef TSCNC_WITH_CUDA

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tscnc_kernels import SparsityPattern
-from tscnc_kernels._masked_weight import kept_values, masked_weight
+from tscnc_kernels._masked_weight import kept_values, masked, masked_weight
 
 ops = torch.ops.tscnc_kernels
 
@@ -48,15 +48,28 @@ def test_the_ops_have_fakes():
     torch.library.opcheck(ops.sparsity_gather.default, (torch.randn(6, 9), *index))
     torch.library.opcheck(ops.sparsity_scatter.default, (torch.randn(kept.nnz), *index, 9))
     torch.library.opcheck(ops.sparsity_mask.default, (torch.randn(6, 9), kept.bits))
+    torch.library.opcheck(ops.sparsity_mask_.default, (torch.randn(6, 9), kept.bits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_packed_masks_clear_what_they_do_not_keep(dtype):
-    kept = pattern(7, 5)
-    weight = torch.randn(7, 5).to(dtype)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (8, 16), (400, 301)])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_packed_masks_clear_what_they_do_not_keep(dtype, shape, density):
+    kept = pattern(*shape, density=density)
+    weight = torch.randn(shape).to(dtype)
     weight[~kept.mask] = torch.nan
-    found = ops.sparsity_mask(weight, kept.bits)
-    assert torch.equal(found, weight.where(kept.mask, weight.new_zeros(())))
+    expected = weight.where(kept.mask, weight.new_zeros(()))
+    assert torch.equal(ops.sparsity_mask(weight, kept.bits), expected)
+    assert torch.equal(masked(weight, kept), expected)
+    assert weight.isnan().sum() == (~kept.mask).sum()
+    ops.sparsity_mask_(weight, kept.bits)
+    assert torch.equal(weight, expected)
+
+
+def test_a_weight_of_one_s_own_is_masked_in_place():
+    kept, weight = pattern(6, 9), torch.randn(6, 9)
+    assert masked(weight, kept, own=True) is weight
+    assert torch.equal(weight != 0, kept.mask)
 
 
 def test_an_index_that_does_not_fit_is_refused():
@@ -70,5 +83,7 @@ def test_an_index_that_does_not_fit_is_refused():
         ops.sparsity_scatter(torch.randn(kept.nnz), *index, 4)
     with pytest.raises(RuntimeError, match="7 bytes of mask"):
         ops.sparsity_mask(torch.randn(6, 9), kept.bits[1:])
+    with pytest.raises(RuntimeError, match="contiguous CPU tensor"):
+        ops.sparsity_mask_(torch.randn(9, 6).t(), kept.bits)
     with pytest.raises(RuntimeError, match="contiguous values"):
         ops.sparsity_scatter(torch.randn(kept.nnz + 1), *index, 9)

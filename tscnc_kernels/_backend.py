@@ -102,6 +102,11 @@ def uses_triton(op: str, device: torch.device) -> bool:
     return _forced == "triton"
 
 
+def forced() -> str | None:
+    """The backend that TSCNC_BACKEND or `use_backend` asks for, None where ops choose."""
+    return _forced
+
+
 class use_backend:
     """Run every op on one backend from now on, or inside a `with` block.
 

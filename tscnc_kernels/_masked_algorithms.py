@@ -82,8 +82,8 @@ FAMILIES = {
 SPARSE = FAMILIES["masked_linear"].sparse
 ALGORITHMS = (*SPARSE, DENSE)
 # Nanoseconds per kept entry to pick it from a dense weight or put it there, and per entry of a
-# dense weight to fill or mask it.
-PICK, FILL = 3.0, 0.25
+# dense weight to fill or mask it; and of a call that does one of these.
+PICK, FILL, MOVE_CALL = 3.0, 0.25, 7e3
 
 
 class Algorithms(NamedTuple):
@@ -178,8 +178,8 @@ def _predict_backward(
         if cost.both and cost.batches[0] <= call.batch <= cost.batches[1]:
             saved = 2 * cost.product - cost.both
             entries, elements = nnz * call.batch, call.batch * (shape[0] + shape[1])
-            work = 1e-9 * (saved * entries + cost.sample / 2 * elements) * call.dtype.itemsize / 4
-            seconds[name] = sum(times[name] for times in each) - work
+            work = (saved * entries + cost.sample / 2 * elements) * call.dtype.itemsize / 4
+            seconds[name] = sum(times[name] for times in each) - 1e-9 * (work + cost.call)
     return seconds
 
 
@@ -199,8 +199,8 @@ def _uses_blocks(direction: str, blocks: tuple[int, int] | None) -> bool:
 def _around_dense(call: Call, direction: str, nnz: int, size: int) -> float:
     """Nanoseconds of what the dense algorithm does beside its product."""
     if call.values:
-        return PICK * nnz + (FILL * size if direction != "grad_weight" else 0)
-    return 0 if call.held and direction != "grad_weight" else FILL * size
+        return MOVE_CALL + PICK * nnz + (FILL * size if direction != "grad_weight" else 0)
+    return 0 if call.held and direction != "grad_weight" else MOVE_CALL + FILL * size
 
 
 Choice = Algorithms | Plan

@@ -46,10 +46,16 @@ def masked_weight(
     return masked(weight, pattern)
 
 
-def masked(matrix: Tensor, pattern: SparsityPattern) -> Tensor:
-    """A tensor of the mask's shape, zero off the mask even where it is not finite."""
-    if matrix.device.type != "cuda" or not _is_native(matrix):
+def masked(matrix: Tensor, pattern: SparsityPattern, own: bool = False) -> Tensor:
+    """A tensor of the mask's shape, zero off the mask even where it is not finite.
+
+    `own` promises that nobody else reads the tensor, which may then change itself.
+    """
+    if not _is_native(matrix):
         return matrix.where(pattern.mask, matrix.new_zeros(()))
+    if own and matrix.is_cpu and matrix.is_contiguous():
+        _native.sparsity_mask_(matrix, pattern.bits)
+        return matrix
     return _native.sparsity_mask(matrix.contiguous(), pattern.bits)  # type: ignore[no-any-return]
 
 
@@ -81,3 +87,8 @@ def _(values: Tensor, row_pointers: Tensor, columns: Tensor, width: int) -> Tens
 @torch.library.register_fake("tscnc_kernels::sparsity_mask")
 def _(matrix: Tensor, bits: Tensor) -> Tensor:
     return torch.empty_like(matrix)
+
+
+@torch.library.register_fake("tscnc_kernels::sparsity_mask_")
+def _(matrix: Tensor, bits: Tensor) -> None:
+    pass

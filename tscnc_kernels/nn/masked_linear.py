@@ -1,14 +1,12 @@
 """MaskedLinear: nn.Linear on the kept entries of its weight."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tscnc_kernels._activation import activate
 from tscnc_kernels.nn.masked_layer import MaskedLayer, check_layer, check_options, check_pattern
-from tscnc_kernels.ops.masked_linear import masked_linear, masked_linear_unchecked
+from tscnc_kernels.ops.masked_linear import masked_linear
 from tscnc_kernels.sparsity import SparsityPattern
 
 
@@ -143,25 +141,8 @@ class MaskedLinear(MaskedLayer):
         """The product act(x (W ∘ M)ᵀ + b), (..., N), for an input x of shape (..., K)."""
         if torch.compiler.is_exporting() or torch._C._get_tracing_state():
             return activate(F.linear(input, self.dense_weight, self.bias), self.activation)
-        parameters, pattern = self._parameters, self._pattern
-        # What a parametrization computes is no longer among the parameters.
-        weight: Any = parameters.get("weight")
-        bias = parameters.get("bias")
-        # The constructor has checked the rest; every microsecond counts for a small layer.
-        usual = (
-            type(input) is Tensor
-            and type(weight) is nn.Parameter
-            and "bias" in parameters
-            and input.dtype == weight.dtype
-            and input.dim() > 0
-            and input.shape[-1] == pattern.shape[1]
-            and (device := input.device) == pattern.device
-            and not torch.is_autocast_enabled(device.type)
-        )
-        if not usual:
-            weight, bias = self.weight, self.bias
-        return (masked_linear_unchecked if usual else masked_linear)(
-            *(input, weight, pattern, bias, self.activation),
+        return masked_linear(
+            *(input, self.weight, self._pattern, self.bias, self.activation),
             dense_grad=self.dense_grad,
             assume_masked=not self.dense_grad,
             feature_major=self.feature_major,

@@ -45,7 +45,7 @@ from tscnc_kernels._conv_algorithms import ALGORITHMS, SPARSE, choose, conv_call
 from tscnc_kernels._conv_geometry import ConvGeometry, IntPair, conv_geometry, is_channels_last
 from tscnc_kernels._masked_algorithms import Choice
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
-from tscnc_kernels._masked_weight import kept_values, masked_weight
+from tscnc_kernels._masked_weight import kept_values, masked, masked_weight
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
@@ -132,8 +132,8 @@ def reference(
 ) -> Tensor:
     """Plain torch, differentiable to any order."""
     geometry = _geometry(pattern, stride, padding, dilation, groups)
-    masked = masked_weight(weight, pattern, dense_grad)
-    return activate(geometry.convolve(input, masked, bias), activation)
+    kernel = masked_weight(weight, pattern, dense_grad)
+    return activate(geometry.convolve(input, kernel, bias), activation)
 
 
 def reference_backward(
@@ -158,12 +158,12 @@ def reference_backward(
     gradient = activation_gradient(grad_output, saved, activation)
     grad_input, grad_weight = None, None
     if needs[0] or needs[1]:
-        masked = masked_weight(weight, pattern, dense_grad, held)
-        grad_input, grad_weight = geometry.convolve_backward(gradient, input, masked, needs)
+        matrix = masked_weight(weight, pattern, dense_grad, held)
+        grad_input, grad_weight = geometry.convolve_backward(gradient, input, matrix, needs)
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = kept_values(grad_weight, pattern)
     elif grad_weight is not None and not dense_grad:
-        grad_weight = grad_weight.where(pattern.mask, grad_weight.new_zeros(()))
+        grad_weight = masked(grad_weight, pattern, own=True)
     return grad_input, grad_weight, gradient.sum((0, 2, 3)) if needs[2] else None
 
 
@@ -245,8 +245,8 @@ def _forward(
                 *(input, weight, bias, pattern.row_pointers, pattern.columns),
                 *(options.geometry.numbers, *codes, is_channels_last(input), save),
             )
-        masked = masked_weight(weight, pattern, held=options.assume_masked)
-        z = options.geometry.convolve(input, masked, bias)
+        kernel = masked_weight(weight, pattern, held=options.assume_masked)
+        z = options.geometry.convolve(input, kernel, bias)
         return activate(z, options.activation), z if save else z.new_empty((0, *z.shape[1:]))
 
     return run_product(options.algorithms, product, (input, weight))
@@ -304,8 +304,8 @@ class MaskedConv2dFunction(torch.autograd.Function):
         options, pattern = ctx.options, ctx.pattern
         needs = wanted_gradients(ctx, (input, weight, bias))
         if torch.is_grad_enabled():
-            masked = masked_weight(weight, pattern, options.dense_grad)
-            z = options.geometry.convolve(input, masked, bias)
+            kernel = masked_weight(weight, pattern, options.dense_grad)
+            z = options.geometry.convolve(input, kernel, bias)
             gradients = reference_backward(
                 *(grad_output, z, input, weight, pattern, options.geometry),
                 *(options.activation, options.dense_grad, needs),

@@ -33,10 +33,15 @@ from torch import Tensor
 from tscnc_kernels import _backend
 from tscnc_kernels._activation import ACTIVATIONS, activate, activation_gradient
 from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
-from tscnc_kernels._autocast import autocast_dtype, cast
+from tscnc_kernels._autocast import cast_operands
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
-from tscnc_kernels._feature_major import feature_major_linear, is_feature_major, new_matrix
+from tscnc_kernels._feature_major import (
+    feature_major_linear,
+    is_feature_major,
+    new_matrix,
+)
+from tscnc_kernels._known_calls import call_key, known_call, remember_call
 from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
 from tscnc_kernels._masked_native import native_product
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
@@ -130,7 +135,7 @@ def reference_backward(
     if grad_weight is not None and weight.ndim == 1:
         grad_weight = kept_values(grad_weight, pattern)
     elif grad_weight is not None and not dense_grad:
-        grad_weight = masked(grad_weight, pattern)
+        grad_weight = masked(grad_weight, pattern, own=True)
     return grad_input, grad_weight, gradient.sum(0) if needs[2] else None
 
 
@@ -186,6 +191,24 @@ class _Options(NamedTuple):
     feature_major: bool
     algorithms: Choice
     backend: str
+
+
+def _options_of(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    activation: str,
+    dense_grad: bool,
+    assume_masked: bool,
+    feature_major: bool,
+    backend: str | None,
+    algorithm: str | None,
+) -> _Options:
+    chosen = _backend.select("masked_linear", pattern.device, backend)
+    flat = input if input.dim() == 2 else input.reshape(-1, pattern.shape[1])
+    call = Call.of(flat, weight, assume_masked, feature_major) if is_eager() else None
+    algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
+    return _Options(activation, dense_grad, assume_masked, feature_major, algorithms, chosen)
 
 
 def _forward(
@@ -348,46 +371,21 @@ def masked_linear(
 
     Determinism: a sparse algorithm gives the same bits every run and for any number of threads.
     """
-    dtype = autocast_dtype(pattern.device) if isinstance(pattern, SparsityPattern) else None
-    if dtype is not None:
-        input, weight = cast(input, dtype), cast(weight, dtype)
-        bias = None if bias is None else cast(bias, dtype)
-    _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
-    return masked_linear_unchecked(
-        *(input, weight, pattern, bias, activation),
-        dense_grad=dense_grad,
-        assume_masked=assume_masked,
-        feature_major=feature_major,
-        backend=backend,
-        algorithm=algorithm,
-    )
-
-
-def masked_linear_unchecked(
-    input: Tensor,
-    weight: Tensor,
-    pattern: SparsityPattern,
-    bias: Tensor | None,
-    activation: str,
-    *,
-    dense_grad: bool = False,
-    assume_masked: bool = False,
-    feature_major: bool = False,
-    backend: str | None = None,
-    algorithm: str | None = None,
-) -> Tensor:
-    """`masked_linear` on arguments that its checks have passed, and without autocast."""
-    chosen = _backend.select("masked_linear", pattern.device, backend)
+    settings = activation, dense_grad, assume_masked, feature_major, backend, algorithm
+    key = call_key(input, weight, bias, settings)
+    options = known_call(pattern, key)
+    if options is None:
+        if isinstance(pattern, SparsityPattern):
+            input, weight, bias = cast_operands(pattern.device, input, weight, bias)
+        _check(input, weight, pattern, bias, activation, dense_grad, algorithm)
+        options = _options_of(input, weight, pattern, *settings)
+        remember_call(pattern, key, options)
     flat = input if input.dim() == 2 else input.reshape(-1, pattern.shape[1])
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    eager = is_eager()
-    call = Call.of(flat, weight, assume_masked, feature_major) if eager else None
-    algorithms = choose("masked_linear", pattern, chosen, call, algorithm)
-    options = _Options(activation, dense_grad, assume_masked, feature_major, algorithms, chosen)
     if not wants_gradient(flat, weight, bias):
         output, _ = _forward(flat, weight, bias, pattern, options, save=False)
-    elif eager:
+    elif is_eager():
         output = _apply_eagerly(flat, weight, bias, options, pattern)
     else:
         output, _ = MaskedLinearFunction.apply(flat, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
