@@ -12,14 +12,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "huge_pages.h"
 #include "sparse_index.h"
 
 namespace tscnc {
@@ -28,8 +29,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A mask with one kept entry in so many: sorting the entries by column beats transposing the bits.
-constexpr int64_t kSortedBelow = 40;
+// So few entries, and no more than one in so many of the mask, are sorted by column, which beats
+// transposing the bits as long as the places that are written to stay in the cache.
+constexpr int64_t kSortedEntries = 1 << 19, kSortedBelow = 14;
 
 // The packed mask of a rows x width matrix.
 BitRows bit_rows(const char* op, const Tensor& bits, int64_t rows, int64_t width) {
@@ -41,11 +43,14 @@ BitRows bit_rows(const char* op, const Tensor& bits, int64_t rows, int64_t width
   const auto* data = static_cast<const uint8_t*>(bits.const_data_ptr());
   STD_TORCH_CHECK(count % 8 == 0 || data[count / 8] >> count % 8 == 0, op,
                   ": expected zeros behind the last of ", count, " bits");
-  return {data, bits.numel(), rows, width, width};
+  return {data, bits.numel(), rows, width};
 }
 
+// With huge pages where the system has them: to map ordinary ones takes longer than to fill them.
 Tensor new_index(const Tensor& like, int64_t size) {
-  return torch::stable::new_empty(like, {size}, ScalarType::Int);
+  Tensor index = torch::stable::new_empty(like, {size}, ScalarType::Int);
+  use_huge_pages(index.mutable_data_ptr(), size * static_cast<int64_t>(sizeof(int32_t)));
+  return index;
 }
 
 int32_t* index_pointer(Tensor& index) { return static_cast<int32_t*>(index.mutable_data_ptr()); }
@@ -60,69 +65,67 @@ Tensor sparsity_pack(const Tensor& mask) {
   return bits;
 }
 
-// The kept entries of one order and, for the transposed index, their places in the other.
-struct Index {
-  int64_t rows, width;
-  int32_t *pointers, *columns;
-};
-
 // Counting sort by column.
-void sort_by_column(const Index& by_row, const Index& by_column, int32_t* permutation) {
-  const int64_t width = by_row.width, kept = by_row.pointers[by_row.rows];
-  int32_t* pointers = by_column.pointers;
+void sort_by_column(const int32_t* row_pointers, int64_t rows, const int32_t* columns,
+                    int64_t width, const ColumnList& list) {
+  const int64_t kept = row_pointers[rows];
+  int32_t* pointers = list.pointers;
   // pointers[c + 1] counts column c, then becomes the end of column c - 1, then its own end as the
   // entries are put in place.
   std::memset(pointers, 0, static_cast<size_t>(width + 1) * sizeof(int32_t));
-  for (int64_t j = 0; j < kept; ++j) ++pointers[by_row.columns[j] + 1];
+  for (int64_t j = 0; j < kept; ++j) ++pointers[columns[j] + 1];
   int32_t start = 0;
   for (int64_t c = 1; c <= width; ++c) {
     const int32_t count = pointers[c];
     pointers[c] = start;
     start += count;
   }
-  for (int64_t row = 0; row < by_row.rows; ++row) {
-    for (int32_t j = by_row.pointers[row]; j < by_row.pointers[row + 1]; ++j) {
-      const int32_t place = pointers[by_row.columns[j] + 1]++;
-      by_column.columns[place] = static_cast<int32_t>(row);
-      permutation[place] = j;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int32_t j = row_pointers[row]; j < row_pointers[row + 1]; ++j) {
+      const int32_t place = pointers[columns[j] + 1]++;
+      list.rows[place] = static_cast<int32_t>(row);
+      list.permutation[place] = j;
     }
   }
 }
 
-// Lists the transposed bits; the entries of a row then follow one another in column order.
-void list_by_column(const BitRows& bits, const Index& by_row, const Index& by_column,
-                    int32_t* permutation) {
-  const int64_t words = (bits.rows + 63) / 64, kept = by_row.pointers[bits.rows];
-  const std::unique_ptr<uint64_t[]> transposed(
-      new uint64_t[static_cast<size_t>(words * bits.width)]);
-  TSCNC_SELECT(transpose_bits)(bits, transposed.get());
-  const BitRows columns{reinterpret_cast<const uint8_t*>(transposed.get()), words * bits.width * 8,
-                        bits.width, bits.rows, words * 64};
-  TSCNC_SELECT(list_bits)(columns, kept, by_column.pointers, by_column.columns);
-  std::vector<int32_t> next(by_row.pointers, by_row.pointers + bits.rows);
-  for (int64_t j = 0; j < kept; ++j) permutation[j] = next[by_column.columns[j]]++;
+void list_by_column(const BitRows& bits, const int32_t* row_pointers, const int32_t* columns,
+                    const ColumnList& list) {
+  const int64_t rows = bits.rows, kept = row_pointers[rows];
+  if (kept < kSortedEntries && kept * kSortedBelow < rows * bits.width) {
+    return sort_by_column(row_pointers, rows, columns, bits.width, list);
+  }
+  const auto words = static_cast<size_t>(strip_words(rows));
+  std::vector<int32_t> next(64 * words);
+  std::copy(row_pointers, row_pointers + rows, next.begin());
+  std::vector<uint64_t> strip(kStripColumns * words);
+  TSCNC_SELECT(list_columns)(bits, kept, next.data(), strip.data(), list);
+}
+
+Tensor pointers_of_rows(const BitRows& matrix, const Tensor& like) {
+  std::vector<int64_t> ends(static_cast<size_t>(matrix.rows + 1));
+  TSCNC_SELECT(count_rows)(matrix, ends.data());
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(matrix.rows < kMost && matrix.width < kMost && ends.back() <= kMost,
+                  "sparsity_build: more than 2^31 - 1 rows, columns or kept entries");
+  Tensor pointers = new_index(like, matrix.rows + 1);
+  std::copy(ends.begin(), ends.end(), index_pointer(pointers));
+  return pointers;
 }
 
 using Indices = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Indices sparsity_build(const Tensor& bits, int64_t rows, int64_t width) {
-  constexpr char kOp[] = "sparsity_build";
-  const BitRows matrix = bit_rows(kOp, bits, rows, width);
-  const int64_t kept = TSCNC_SELECT(count_bits)(matrix.data, matrix.bytes);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(rows < kMost && width < kMost && kept <= kMost, kOp,
-                  ": more than 2^31 - 1 rows, columns or kept entries");
-  Tensor row_pointers = new_index(bits, rows + 1), columns = new_index(bits, kept);
-  Tensor column_pointers = new_index(bits, width + 1), column_rows = new_index(bits, kept);
-  Tensor permutation = new_index(bits, kept);
-  const Index by_row{rows, width, index_pointer(row_pointers), index_pointer(columns)};
-  const Index by_column{width, rows, index_pointer(column_pointers), index_pointer(column_rows)};
-  TSCNC_SELECT(list_bits)(matrix, kept, by_row.pointers, by_row.columns);
-  if (kept < rows * width / kSortedBelow) {
-    sort_by_column(by_row, by_column, index_pointer(permutation));
-  } else {
-    list_by_column(matrix, by_row, by_column, index_pointer(permutation));
-  }
+  const BitRows matrix = bit_rows("sparsity_build", bits, rows, width);
+  Tensor row_pointers = pointers_of_rows(matrix, bits);
+  const int32_t* pointers = index_pointer(row_pointers);
+  const int64_t kept = pointers[rows];
+  Tensor columns = new_index(bits, kept), column_pointers = new_index(bits, width + 1);
+  Tensor column_rows = new_index(bits, kept), permutation = new_index(bits, kept);
+  TSCNC_SELECT(list_bits)(matrix, kept, index_pointer(columns));
+  list_by_column(
+      matrix, pointers, index_pointer(columns),
+      {index_pointer(column_pointers), index_pointer(column_rows), index_pointer(permutation)});
   return {row_pointers, columns, column_pointers, column_rows, permutation};
 }
 
@@ -148,6 +151,7 @@ Tensor sparsity_mapping(const Tensor& old_bits, const Tensor& new_bits) {
   const BitRows after = bit_rows(kOp, new_bits, old_bits.numel(), 8);
   const int64_t kept = TSCNC_SELECT(count_bits)(after.data, after.bytes);
   Tensor mapping = torch::stable::new_empty(new_bits, {kept}, ScalarType::Long);
+  use_huge_pages(mapping.mutable_data_ptr(), kept * static_cast<int64_t>(sizeof(int64_t)));
   TSCNC_SELECT(map_bits)(before.data, after.data, before.bytes,
                          static_cast<int64_t*>(mapping.mutable_data_ptr()));
   return mapping;
@@ -161,8 +165,7 @@ Tensor sparsity_places(const Tensor& bits) {
                   ": more than 2^31 - 1 bits");
   const int64_t count = TSCNC_SELECT(count_bits)(all.data, all.bytes);
   Tensor places = new_index(bits, count);
-  int32_t ends[2];
-  TSCNC_SELECT(list_bits)(all, count, ends, index_pointer(places));
+  TSCNC_SELECT(list_bits)(all, count, index_pointer(places));
   return places;
 }
 
@@ -247,8 +250,9 @@ Tensor sparsity_block_shape(const Tensor& row_pointers, const Tensor& columns, i
 STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def("sparsity_pack(Tensor mask) -> Tensor");
   m.def(
-      "sparsity_build(Tensor bits, int rows, int width) -> (Tensor row_pointers, Tensor columns, "
-      "Tensor column_pointers, Tensor column_rows, Tensor permutation)");
+      "sparsity_build(Tensor bits, int rows, int width) -> "
+      "(Tensor row_pointers, Tensor columns, Tensor column_pointers, Tensor column_rows, "
+      "Tensor permutation)");
   m.def("sparsity_block_shape(Tensor row_pointers, Tensor columns, int width) -> Tensor");
   m.def("sparsity_unpack(Tensor bits, int rows, int width) -> Tensor");
   m.def("sparsity_mapping(Tensor old_bits, Tensor new_bits) -> Tensor");

@@ -232,7 +232,7 @@ def test_values_of_any_dtype_and_stride_are_carried(dtype):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.004, 0.03, 0.1, 0.6, 1.0])
-@pytest.mark.parametrize("size", [(1, 3), (64, 256), (130, 127), (65, 513), (500, 9)])
+@pytest.mark.parametrize("size", [(1, 3), (64, 256), (130, 127), (65, 513), (500, 9), (300, 192)])
 def test_every_density_and_size_is_listed_in_both_orders(density, size, isa):
     """From a few set bits per row to many per byte, and rows that begin within a byte."""
     mask = torch.rand(size) < density
@@ -253,6 +253,30 @@ def test_every_density_and_size_is_listed_in_both_orders(density, size, isa):
     places[mask] = torch.arange(pattern.nnz)
     assert torch.equal(mapping, places[changed])
     assert new == SparsityPattern.from_mask(changed)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("swaps", [0, 1, 3])
+def test_an_update_has_the_index_of_a_new_pattern(density, swaps):
+    """Entries of every row change places, as in RigL, so that the counts of the rows stay."""
+    noise = torch.rand(65, 300)
+    kept = round(density * 300)
+    order = noise.argsort(1)
+    mask = torch.zeros(65, 300, dtype=torch.bool).scatter(1, order[:, :kept], True)
+    changed = mask.scatter(1, order[:, :swaps], False)
+    changed = changed.scatter(1, order[:, kept : kept + swaps], True)
+    pattern = SparsityPattern.from_mask(mask)
+    before = [tensor.clone() for tensor in (*pattern.tensors, pattern.blocked_rows)]
+    updated, mapping = pattern.update(changed)
+    rebuilt = SparsityPattern.from_mask(changed)
+    assert torch.equal(updated.row_counts, pattern.row_counts)
+    assert int((mapping < 0).sum()) == 65 * swaps
+    for name in ("blocked_rows", "blocked_columns", "blocked_permutation"):
+        assert torch.equal(getattr(updated, name), getattr(rebuilt, name))
+    for found, expected in zip(updated.tensors, rebuilt.tensors, strict=True):
+        assert torch.equal(found, expected)
+    for found, expected in zip((*pattern.tensors, pattern.blocked_rows), before, strict=True):
+        assert torch.equal(found, expected), "the old pattern is unchanged"
 
 
 FAR = 10**8

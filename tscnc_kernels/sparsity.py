@@ -249,8 +249,9 @@ class SparsityPattern:
     def update(self, mask: Tensor) -> tuple["SparsityPattern", Tensor]:
         """The pattern of a changed mask, and where its values come from.
 
-        The packed bits of both masks are compared 64 at a time. The index is built anew from them,
-        since a moved entry shifts the places of others in both orders.
+        The packed bits of both masks are compared 64 at a time. The index is built anew from them:
+        a moved entry shifts the places of others in both orders, so that copying the index with the
+        changes put in takes as long.
 
         Args:
             mask: bool tensor of `shape`.
