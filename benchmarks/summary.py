@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks import accuracy, bench_spectral_errors, judge_intervals, results, targets
+from benchmarks import accuracy, bench_spectral_errors, judge_intervals, limits, results, targets
 from benchmarks.results import Row
 from benchmarks.targets import SPARSITIES, SpectralTarget, Target
 
@@ -194,6 +194,10 @@ def report(rows: Sequence[Row], only_measured: bool = False) -> list[str]:
         ("Slower than dense", slower_than_dense(times)),
         ("Slower although sparser", rising_times(times)),
         ("Other targets", list(other_targets(times))),
+        (
+            "Below the target vs dense: share of the time that the roofs explain (limits.py)",
+            list(limits.below_target(rows)),
+        ),
     ):
         if found or not only_measured:
             lines += ["", f"{title}:", *(f"  {line}" for line in found or ["none"])]

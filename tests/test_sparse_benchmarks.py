@@ -14,6 +14,7 @@ from benchmarks import (
     bench_sparsity_pattern,
     bench_train_step,
     harness,
+    limits,
     masked_linear_gpu,
     peers,
     plot,
@@ -201,6 +202,30 @@ def test_slower_than_dense_and_rising_times_are_reported():
     assert "8x8" in slow and "2.1 ms, dense 2 ms" in slow
     (rising,) = summary.rising_times(found)
     assert "2.1 ms at 0.9, 2.3 ms at 0.95" in rising
+
+
+def test_a_missed_cell_is_held_against_the_roofs():
+    rows = [
+        replace(ROW, op="roofline", backend="one core", shape=level, threads=1, rate=rate)
+        for level, rate in (("L1", 50.0), ("L3", 20.0))
+    ]
+    cell = {
+        "op": "masked_linear",
+        "mode": "forward_backward",
+        "shape": "128x2048x2048",
+        "dtype": "float32",
+        "sparsity": 0.9,
+        "threads": 1,
+    }
+    rows += [
+        replace(ROW, **cell, backend="F.linear", p50=40.0),
+        replace(ROW, **cell, backend="ours, values", p50=8.0, rate=40.0),
+    ]
+    # x, y, dy, x and dx of 128 x 2048 floats at 10 G/s take 0.131 ms.
+    line = "linear vs dense 128x2048x2048 at 0.9: 8 ms, products 80%, layout 2%"
+    assert list(limits.below_target(rows)) == [line]
+    assert list(limits.below_target([*rows[:-1], replace(rows[-1], p50=4.0)])) == []
+    assert list(limits.below_target(rows[1:])) == []
 
 
 def test_rebuilds_are_held_against_one_forward_too():

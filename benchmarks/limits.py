@@ -1,0 +1,70 @@
+"""Where a cell below its target stands under the roofs of the machine (`roofline.csv`).
+
+Two bounds on a sparse layer's step, in shares of the time it took:
+
+    products    2 flops per multiply-add of a kept weight, at the rate at which one core feeds them
+                from its first-level cache
+    layout      every activation and its gradient moved once, at the rate of the outer cache: x and
+                y forward; dy, x and dx backward
+
+What neither explains is packing, reductions, reading weights and indices, and calling.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+from benchmarks.results import Row
+from benchmarks.targets import DENSE, SPARSITIES, TABLE, Target
+
+FLOPS_PER_FLOAT = 2  # of the roofs, which read one float for each multiply-add
+FED_BY, MOVED_BY = "L1", "L3"
+
+
+def activations(op: str, shape: str, mode: str) -> float:
+    """Elements that a call moves at least, read off its shape's name, or NaN."""
+    linear = re.fullmatch(r"(\d+)x(\d+)x(\d+)", shape)
+    convolution = re.fullmatch(r"(\d+)x(\d+)c(\d+)-\S+", shape)
+    if op == "masked_linear" and linear:
+        batch, inputs, outputs = map(int, linear.groups())
+        given, result = batch * inputs, batch * outputs
+    elif op == "masked_conv2d" and convolution:
+        images, channels, side = map(int, convolution.groups())
+        given = result = images * channels * side * side
+    else:
+        return math.nan
+    return given + result + (2 * given + result if mode == "forward_backward" else 0)
+
+
+def below_target(rows: Sequence[Row], table: Sequence[Target] = TABLE) -> Iterator[str]:
+    """A line for each cell that missed its target against dense, from the rows of a folder."""
+    roofs = {row.shape: row.rate for row in rows if row.op == "roofline"}
+    if not {FED_BY, MOVED_BY} <= set(roofs):
+        return
+    times = {
+        (row.op, row.mode, row.shape, row.dtype, row.sparsity, row.backend): row
+        for row in rows
+        if row.threads == 1
+    }
+    chosen = [t for t in table if t.op in DENSE and t.peers == (DENSE[t.op],)]
+    for target, sparsity in itertools.product(chosen, SPARSITIES):
+        for shape in target.shapes:
+            key = target.op, target.mode, shape, target.dtype, sparsity
+            own, dense = times.get((*key, target.ours)), times.get((*key, target.peers[0]))
+            wanted = target.at(shape, sparsity)
+            if own is None or dense is None or wanted is None:
+                continue
+            if float(f"{dense.p50 / own.p50:.3g}") < wanted:
+                yield _line(target, shape, own, roofs)
+
+
+def _line(target: Target, shape: str, own: Row, roofs: dict[str, float]) -> str:
+    floats = activations(target.op, shape, target.mode)
+    moved = floats / (roofs[MOVED_BY] * 1e9 / FLOPS_PER_FLOAT) * 1e3
+    return (
+        f"{target.name} {shape} at {own.sparsity:g}: {own.p50:.3g} ms, products "
+        f"{own.rate / roofs[FED_BY]:.0%}, layout {moved / own.p50:.0%}"
+    )
