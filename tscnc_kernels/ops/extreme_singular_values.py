@@ -20,9 +20,9 @@ about 1e-5 there, its square in σ nothing. `certify=True` has AᵀA and ‖A v�
 Two shortcuts form neither AᵀA nor a factor. Each of their steps, Aᵀ(A X) for a few vectors, reads A
 once, in float32 unless A is float64:
 
-    from a state    both ends in one block Krylov space of the state's four vectors; where an estimate of
-                    the error, |r|² / gap of its Ritz pairs, stays large for a few steps, or pairs
-                    are tied, the way above
+    from a state    both ends in one block Krylov space of the state's four vectors; where |r|²/gap
+                    of its Ritz pairs, an estimate of the error, stays large for a few steps, or
+                    pairs are tied, the way above
     ends="max"      block Lanczos on AᵀA alone
 
 Source: Golub & Van Loan, Matrix Computations, chapters 8 and 10 (tridiagonal form, Lanczos, inverse
