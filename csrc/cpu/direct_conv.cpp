@@ -251,6 +251,13 @@ Compute<T> sum_of(const T* entries, int64_t count) {
   return sum_lanes<C>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// The same value at all pixels of a channel that no weight leads to.
+template <class T>
+void fill_channel(T* channel, int64_t image_stride, int64_t images, int64_t pixels,
+                  Vec<Compute<T>> value) {
+  fill<T>(Target<T>{channel, image_stride, pixels, pixels, 1}, images, 1, pixels, value);
+}
+
 }  // namespace
 
 template <class T>
@@ -265,6 +272,15 @@ void direct_conv_product(const DirectProduct<T>& call, int64_t begin, int64_t en
       const DirectRow<T> part(call.input, call.tiles, call.taps, image, row);
       const int64_t place = image * image_size + row * pixels;
       const C bias = call.bias == nullptr ? C(0) : call.bias[row];
+      if (part.count == 0) {
+        const Vec<C> value = broadcast(bias);
+        fill_channel(call.output + place, image_size, part.images, pixels,
+                     activate<C>(value, call.activation));
+        if (call.preactivation != nullptr) {
+          fill_channel(call.preactivation + place, image_size, part.images, pixels, value);
+        }
+        continue;
+      }
       part.for_each_tile([&](DirectTile<T>& tile, const Tile& shape, int64_t pixel, bool leaves) {
         tile.result = call.output + place + pixel;
         if (call.preactivation != nullptr) tile.preactivation = call.preactivation + place + pixel;
@@ -308,9 +324,14 @@ void direct_conv_backward(const DirectBackward<T>& call, int64_t begin, int64_t 
     }
     for (int64_t channel = begin; channel < end; ++channel) {
       const DirectRow<T> part(gradient, call.tiles, call.taps, image, channel);
-      if (part.count == 0 && call.input_gradient == nullptr) continue;
-      for (int64_t i = 0; i < whole_vectors<C>(part.count); ++i) store(scratch + i * kW, Vec<C>{});
       const int64_t place = image * image_size + channel * pixels;
+      if (part.count == 0) {
+        if (call.input_gradient != nullptr) {
+          fill_channel(call.input_gradient + place, image_size, images, pixels, Vec<C>{});
+        }
+        continue;
+      }
+      for (int64_t i = 0; i < whole_vectors<C>(part.count); ++i) store(scratch + i * kW, Vec<C>{});
       part.for_each_tile([&](DirectTile<T>& tile, const Tile& shape, int64_t pixel, bool leaves) {
         if (call.input_gradient != nullptr) tile.result = call.input_gradient + place + pixel;
         tile.result_image = image_size;
