@@ -153,6 +153,10 @@ Tensors extreme_singular_values_backward_cuda(Tensor grad_sigma, Tensors matrice
   const Tensor& like = matrices[0];
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const int64_t count = jobs.count();
+  // Sigma and the vectors come in the dtype that the user sees.
+  for (Tensor* shown : {&grad_sigma, &sigma, &left, &right}) {
+    *shown = torch::stable::to(*shown, ScalarType::Double);
+  }
   const auto doubles = [&](const Tensor& tensor, int64_t numel) {
     return static_cast<const double*>(checked_data(tensor, numel, ScalarType::Double, like));
   };

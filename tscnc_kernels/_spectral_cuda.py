@@ -26,6 +26,7 @@ from tscnc_kernels._spectral import (
     SHIFTED,
     Raw,
     certified_bounds,
+    output_dtype,
     without_smallest,
 )
 
@@ -327,7 +328,7 @@ def extreme_singular_values(
     settings = Settings(structural, tie_tol, power, certify, largest_only)
     small = [i for i, matrix in enumerate(matrices) if min(matrix.shape) <= SMALL_SIDE]
     if len(small) == len(matrices):
-        return _solve_small(matrices, masks, structures, state, settings)
+        return _shown(_solve_small(matrices, masks, structures, state, settings), matrices)
     sides = [min(matrix.shape) for matrix in matrices]
     starts = None if state is None else state.split(sides, dim=1)
     found: dict[int, Raw] = {}
@@ -348,7 +349,13 @@ def extreme_singular_values(
         found[i] = raw
     outputs = zip(*(found[i] for i in range(len(matrices))), strict=True)
     merged = (torch.cat(parts, dim=axis) for parts, axis in zip(outputs, _AXES, strict=True))
-    return tuple(merged)  # type: ignore[return-value]
+    return _shown(tuple(merged), matrices)  # type: ignore[arg-type]
+
+
+def _shown(raw: Raw, matrices: list[Tensor]) -> Raw:
+    """Sigma and the vectors in the dtype that the user gets."""
+    dtype = output_dtype(matrices)
+    return raw[0].to(dtype), raw[1].to(dtype), raw[2].to(dtype), *raw[3:]
 
 
 if torch._C._dispatch_has_kernel_for_dispatch_key(

@@ -138,7 +138,8 @@ def gradients(
     count = problem.sizes[0]
     size = library.function("backward_workspace", c_int64, c_void_p, c_int64)(problem.jobs, count)
     launch = library.function("backward", c_int, *(c_void_p,) * 4)
-    inputs = [tensor.contiguous() for tensor in (grad, sigma, left, right, block, ties)]
+    wide = [tensor.double() for tensor in (grad, sigma, left, right)]
+    inputs = [tensor.contiguous() for tensor in (*wide, block, ties)]
     table = Results(*(tensor.data_ptr() for tensor in inputs), *problem.sizes)
 
     def once() -> list[Tensor]:

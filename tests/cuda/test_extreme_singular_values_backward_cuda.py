@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.spectra import gaussian
 from tests.cuda.masked_calls import DTYPES, TOLERANCES
 from tests.cuda.spectral_calls import gradients, make_problem
 from tests.cuda_emulation.library import EmulatedLibrary
 from tests.op_suite import check_close
-from tests.spectra import gaussian
 from tscnc_kernels import SparsityPattern
 
 OPS = torch.ops.tscnc_kernels

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.spectra import exact, gaussian, with_spectrum
 from tests.cuda.spectral_calls import make_problem, solve
 from tests.cuda_emulation.library import EmulatedLibrary, EmulationError
 from tests.op_suite import check_close
-from tests.spectra import exact, gaussian, with_spectrum
 from tscnc_kernels import SparsityPattern
 from tscnc_kernels._spectral import CAP_REACHED, MAX_TIES, RANK_DEFICIENT, SHIFTED, Raw
 

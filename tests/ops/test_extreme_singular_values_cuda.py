@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.spectra import exact, gaussian, with_spectrum
 from tests.op_suite import check_close
-from tests.spectra import exact, gaussian, with_spectrum
 from tscnc_kernels import SparsityPattern, extreme_singular_values
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT, unpack
 from tscnc_kernels._spectral_cuda import extreme_singular_values as solve

@@ -195,7 +195,8 @@ def test_a_state_fits_the_other_mode():
     second.load_state_dict(through_file(optimizer.state_dict()))
     train(model, optimizer, 2, seed=3)
     train(other, second, 2, seed=3)
-    assert_same(model, other)
+    # The two modes may choose other algorithms, which round differently.
+    assert_same(model, other, 2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

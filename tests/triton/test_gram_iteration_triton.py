@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 
+from benchmarks.spectra import gaussian
 from tests.ops.test_gram_iteration import hard_matrices, is_positive, schatten
-from tests.spectra import gaussian
 from tscnc_kernels import _backend, use_backend
 from tscnc_kernels.ops.gram_iteration import gram_iteration, reference
 
