@@ -1,13 +1,15 @@
 """Where a cell below its target stands under the roofs of the machine (`roofline.csv`).
 
-Two bounds on a sparse layer's step, in shares of the time it took:
+Bounds on a sparse layer's step, in shares of the time it took:
 
     products    2 flops per multiply-add of a kept weight, at the rate at which one core feeds them
                 from its first-level cache
     layout      every activation and its gradient moved once, at the rate of the outer cache: x and
                 y forward; dy, x and dx backward
+    weights     every kept weight and its 32-bit column read once per product, from memory, which
+                bounds a batch of one
 
-What neither explains is packing, reductions, reading weights and indices, and calling.
+What none explains is packing, reductions and calling.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from benchmarks.results import Row
 from benchmarks.targets import DENSE, SPARSITIES, TABLE, Target
 
 FLOPS_PER_FLOAT = 2  # of the roofs, which read one float for each multiply-add
-FED_BY, MOVED_BY = "L1", "L3"
+FED_BY, MOVED_BY, READ_FROM = "L1", "L3", "DRAM"
 
 
 def activations(op: str, shape: str, mode: str) -> float:
@@ -42,7 +44,7 @@ def activations(op: str, shape: str, mode: str) -> float:
 def below_target(rows: Sequence[Row], table: Sequence[Target] = TABLE) -> Iterator[str]:
     """A line for each cell that missed its target against dense, from the rows of a folder."""
     roofs = {row.shape: row.rate for row in rows if row.op == "roofline"}
-    if not {FED_BY, MOVED_BY} <= set(roofs):
+    if not {FED_BY, MOVED_BY, READ_FROM} <= set(roofs):
         return
     times = {
         (row.op, row.mode, row.shape, row.dtype, row.sparsity, row.backend): row
@@ -62,9 +64,16 @@ def below_target(rows: Sequence[Row], table: Sequence[Target] = TABLE) -> Iterat
 
 
 def _line(target: Target, shape: str, own: Row, roofs: dict[str, float]) -> str:
-    floats = activations(target.op, shape, target.mode)
-    moved = floats / (roofs[MOVED_BY] * 1e9 / FLOPS_PER_FLOAT) * 1e3
-    return (
+    def share(floats: float, level: str) -> str:
+        seconds = FLOPS_PER_FLOAT * floats / (roofs[level] * 1e9)
+        return f"{1e3 * seconds / own.p50:.0%}"
+
+    line = (
         f"{target.name} {shape} at {own.sparsity:g}: {own.p50:.3g} ms, products "
-        f"{own.rate / roofs[FED_BY]:.0%}, layout {moved / own.p50:.0%}"
+        f"{own.rate / roofs[FED_BY]:.0%}, layout "
+        f"{share(activations(target.op, shape, target.mode), MOVED_BY)}"
     )
+    if shape.startswith("1x"):
+        # Two flops, a value and a column for each.
+        line += f", weights {share(own.rate * 1e6 * own.p50, READ_FROM)}"
+    return line

@@ -207,7 +207,7 @@ def test_slower_than_dense_and_rising_times_are_reported():
 def test_a_missed_cell_is_held_against_the_roofs():
     rows = [
         replace(ROW, op="roofline", backend="one core", shape=level, threads=1, rate=rate)
-        for level, rate in (("L1", 50.0), ("L3", 20.0))
+        for level, rate in (("L1", 50.0), ("L3", 20.0), ("DRAM", 10.0))
     ]
     cell = {
         "op": "masked_linear",
