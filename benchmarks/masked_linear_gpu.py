@@ -70,9 +70,12 @@ def _edge(problem: Problem) -> int:
 
 def _ours(backend: str, algorithm: str | None, values: bool, case: Case, problem: Problem) -> Timed:
     if algorithm in SPARSE:
-        is_small = len(problem.input) <= SMALL_BATCH
-        if is_small != (algorithm != "panel") or (algorithm == "spmv") != (len(problem.input) == 1):
+        count = len(problem.input)
+        usual = "panel" if count > SMALL_BATCH else "spmv" if count == 1 else "small_batch"
+        if algorithm not in (usual, "bitmap" if count <= SMALL_BATCH else usual):
             raise UnavailableError("not for this batch")
+        if algorithm == "bitmap" and case.mode != "forward":
+            raise UnavailableError("its gradients are those of small_batch; forward only")
     if algorithm == "block":
         _edge(problem)
     op = partial(masked_linear, backend=backend)

@@ -261,7 +261,8 @@ def _below(density: float, ranges: Sequence[tuple[float, str]]) -> str:
 
 def check_forced(op: str, pattern: SparsityPattern, backend: str, forced: str | None) -> None:
     """Raises RuntimeError if a sparse algorithm is asked for on a backend without it."""
-    if forced not in FAMILIES[op].sparse:
+    portable, runnable = FAMILIES[op].sparse, _masked_cuda.sparse_of(op)
+    if forced not in {*portable, *runnable}:
         return
     on_cuda = pattern.device.type == "cuda"
     if forced == BLOCK and (backend == "triton" or (backend == "native" and on_cuda)):
@@ -272,7 +273,8 @@ def check_forced(op: str, pattern: SparsityPattern, backend: str, forced: str | 
             f"{op}: algorithm {forced!r} needs the native backend, got {backend!r} "
             f"on {pattern.device}"
         )
-    runnable = _masked_cuda.sparse_of(op)
+    if not on_cuda and forced not in portable:
+        raise RuntimeError(f"{op}: algorithm {forced!r} needs a GPU, got {pattern.device}")
     if on_cuda and forced not in runnable:
         known = ", ".join([*runnable, *([BLOCK] if op == "masked_linear" else [])])
         raise RuntimeError(f"{op}: expected algorithm {known} or dense on CUDA, got {forced!r}")

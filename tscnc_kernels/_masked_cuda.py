@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from tscnc_kernels._block_index import edge_of
+from tscnc_kernels._masked_bitmap import BITMAP, chunk_columns, has_kernel
 
 if TYPE_CHECKING:
     from tscnc_kernels._masked_algorithms import Call
 
 # Native algorithms: "panel" for many samples, the others for few, one sample in particular.
-SPARSE = ("panel", "small_batch", "spmv")
+SPARSE = ("panel", "small_batch", "spmv", BITMAP)
 # Of convolutions.
 CONV_SPARSE = ("plane",)
 SMALL_BATCH = 16
@@ -34,6 +35,8 @@ GATHERS, TAP = 1e12, 16
 # Density up to which a convolution is expected to be faster on the kept entries, where nothing else
 # about the call is known.
 CONV_DENSITY = 0.01
+# Entries of a mask, kept or not, that "bitmap" spreads out and multiplies per second.
+SPREAD = {2: 4e12, 4: 2e12}
 # Bytes of a sector, the least that a scattered access moves.
 SECTOR = 32
 # Share of the dense rate that blocks reach: narrow ones load each feature for fewer sums.
@@ -60,6 +63,8 @@ def predict(
     elif call.batch > 0:
         name = "spmv" if call.batch == 1 else "small_batch"
         seconds[name] = _small(shape, nnz, call, direction)
+        if direction == "forward" and call.values and has_kernel(shape, call.dtype):
+            seconds[BITMAP] = _bitmap(shape, nnz, call)
     edge = edge_of(blocks)
     if edge is not None and call.batch > 0:
         seconds["block"] = _block(shape, nnz, call, direction, edge)
@@ -115,6 +120,12 @@ def _block(shape: Sequence[int], nnz: int, call: Call, direction: str, edge: int
     if not call.values and direction == "grad_weight":
         moved += math.prod(shape) * item
     return LAUNCH + max(2.0 * call.batch * nnz / rate, moved / MEMORY)
+
+
+def _bitmap(shape: Sequence[int], nnz: int, call: Call) -> float:
+    size, item = math.prod(shape), call.dtype.itemsize
+    moved = nnz * item + size / 8 + 4 * size / chunk_columns(call.dtype)
+    return LAUNCH + max(moved / MEMORY, size / SPREAD[item])
 
 
 def _small(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels._masked_algorithms import SPARSE
+from tscnc_kernels._masked_bitmap import BITMAP, bitmap_product, has_kernel
 from tscnc_kernels.sparsity import SparsityPattern
 
 _native = torch.ops.tscnc_kernels
+# Of the raw ops; where a bitmap has no kernel, the one for few samples takes its place.
+_CODES = {**SPARSE, BITMAP: SPARSE["small_batch"]}
 
 
 def native_product(
@@ -22,8 +25,11 @@ def native_product(
     feature_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
+    if algorithm == BITMAP and has_kernel(pattern.matrix_shape, input.dtype):
+        how = activation, save, feature_major
+        return bitmap_product(input, weight, bias, pattern, *how)
     kept = pattern.blocked_rows if algorithm == "blocked" else pattern.columns
-    codes = activation, SPARSE[algorithm], save, feature_major
+    codes = activation, _CODES[algorithm], save, feature_major
     return _native.masked_linear.default(  # type: ignore[no-any-return]
         input, weight, bias, pattern.row_pointers, kept, *codes
     )
@@ -58,7 +64,7 @@ def native_gradients(
     columns = pattern.blocked_columns if blocked_input else pattern.column_rows
     order = pattern.blocked_permutation if blocked_input else pattern.permutation
     index = pattern.row_pointers, rows, pattern.column_pointers, columns, order
-    codes = activation, SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
+    codes = activation, _CODES.get(for_input, 0), _CODES.get(for_weight, 0)
     return _native.masked_linear_backward.default(  # type: ignore[no-any-return]
         *tensors,
         *index,

@@ -13,7 +13,7 @@ from tscnc_kernels._autotune import fastest
 from tscnc_kernels._masked_algorithms import DIRECTIONS, Call, check_forced
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-ALGORITHMS = ["panel", "small_batch", "spmv", "dense"]
+ALGORITHMS = ["panel", "small_batch", "spmv", "bitmap", "dense"]
 
 
 def predicted(batch, density, direction="forward", dtype=torch.bfloat16, **call):
@@ -40,6 +40,17 @@ def test_few_samples_have_kernels_of_their_own():
     assert predicted(16, 1.0) == "dense"
 
 
+def test_where_most_columns_are_kept_the_mask_is_read_as_bits():
+    for dtype in (torch.bfloat16, torch.float32):
+        assert predicted(8, 0.4, dtype=dtype, values=True) == "bitmap"
+        assert predicted(8, 0.01, dtype=dtype, values=True) == "small_batch"
+    # A dense weight is as quickly multiplied as it is read, and the index of gradients is another.
+    assert predicted(8, 0.4) == "dense"
+    for direction in DIRECTIONS[1:]:
+        assert predicted(8, 0.4, direction, values=True) != "bitmap"
+    assert predicted(8, 0.4, dtype=torch.float64, values=True) != "bitmap"
+
+
 def test_a_weight_that_is_masked_already_costs_nothing_to_mask():
     shape, nnz = (4096, 4096), 1 << 20
     call = Call(4096, dtype=torch.bfloat16, held=True)
@@ -61,6 +72,16 @@ def test_algorithms_that_cuda_lacks_are_refused():
     with pytest.raises(RuntimeError, match="got 'blocked'"):
         check_forced("masked_linear", OnCuda(), "native", "blocked")
     check_forced("masked_linear", OnCuda(), "native", "panel")
+    check_forced("masked_linear", OnCuda(), "native", "bitmap")
+
+
+def test_algorithms_of_a_gpu_alone_are_refused_elsewhere():
+    kept = pattern(8, 64)
+    for backend, message in (("native", "needs a GPU, got cpu"), ("reference", "needs the native")):
+        with pytest.raises(RuntimeError, match=f"algorithm 'bitmap' {message}"):
+            masked_linear(
+                torch.ones(2, 64), torch.ones(8, 64), kept, backend=backend, algorithm="bitmap"
+            )
 
 
 def test_blocks_run_on_cuda_where_triton_is_and_the_pattern_has_some(monkeypatch):
@@ -105,7 +126,7 @@ def layer(batch, rows, width, kept, dtype, device):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_native_cuda_algorithms_match_float64_reference(dtype, algorithm):
-    shapes = (1, 63, 37), (13, 129, 600), (130, 131, 257), (520, 96, 4100)
+    shapes = (1, 63, 37), (13, 129, 640), (130, 131, 257), (520, 96, 4100), (5, 90, 4480)
     for shape, kind in itertools.product(shapes, MASKS):
         compare_with_float64(kind, shape, dtype, algorithm)
 
