@@ -14,6 +14,7 @@ import torch
 
 from tscnc_kernels._block_index import edge_of
 from tscnc_kernels._masked_bitmap import BITMAP, chunk_columns, has_kernel
+from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED
 
 if TYPE_CHECKING:
     from tscnc_kernels._masked_algorithms import Call
@@ -69,6 +70,23 @@ def predict(
     if edge is not None and call.batch > 0:
         seconds["block"] = _block(shape, nnz, call, direction, edge)
     return seconds
+
+
+def predict_race(
+    op: str,
+    shape: Sequence[int],
+    nnz: int,
+    call: Call,
+    direction: str,
+    blocks: tuple[int, int] | None = None,
+) -> dict[str, float]:
+    """As `predict`, but the forward product is dense or torch's with 2 of 4 weights: which of them
+    is faster has to be measured.
+    """
+    if direction != "forward":
+        return predict(op, shape, nnz, call, direction, blocks)
+    seconds = _dense(op, shape, nnz, call, direction)
+    return {"dense": seconds, SEMI_STRUCTURED: seconds}
 
 
 def sparse_of(op: str) -> tuple[str, ...]:

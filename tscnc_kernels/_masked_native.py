@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from tscnc_kernels._masked_algorithms import SPARSE
+from tscnc_kernels._feature_major import in_layout
 from tscnc_kernels._masked_bitmap import BITMAP, bitmap_product, has_kernel
+from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED, semi_structured_product
 from tscnc_kernels.sparsity import SparsityPattern
 
 _native = torch.ops.tscnc_kernels
@@ -28,6 +30,9 @@ def native_product(
     if algorithm == BITMAP and has_kernel(pattern.matrix_shape, input.dtype):
         how = activation, save, feature_major
         return bitmap_product(input, weight, bias, pattern, *how)
+    if algorithm == SEMI_STRUCTURED:
+        found = semi_structured_product(input, weight, bias, pattern, activation, save)
+        return in_layout(found[0], feature_major), in_layout(found[1], feature_major)
     kept = pattern.blocked_rows if algorithm == "blocked" else pattern.columns
     codes = activation, _CODES[algorithm], save, feature_major
     return _native.masked_linear.default(  # type: ignore[no-any-return]

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int row_bytes = thread % 32 / kTeam * kRowBytes;
   for (int begin = 0; begin < call.chunks; begin += call.slice_chunks) {
     const int end = min(begin + call.slice_chunks, call.chunks);
-    __syncthreads();
+    // All have read the slice before: they met after every tile.
     stage_slice<Storage, kSamples>(slice, call.input, first_sample,
                                    int64_t(begin) * kChunk<Storage>, columns);
     __syncthreads();
@@ -300,9 +300,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         sums[index * kTile + i] = sum;
       }
     }
-    __pipeline_wait_prior(0);
   }
-  __syncthreads();
   for (int tile = blockIdx.x, index = 0; tile < call.tiles; tile += gridDim.x, ++index) {
     for (int i = thread; i < kTile; i += kThreads) {
       const int64_t row = int64_t(tile) * kRows + i % kRows, sample = first_sample + i / kRows;
@@ -327,13 +325,14 @@ cudaError_t launch_tiles(const BitmapCall& call, const DeviceLimits& limits, cud
   const auto tiles = int((call.rows + kRows - 1) / kRows);
   const int64_t fixed =
       kWarps * kWarpBytes + int64_t(sizeof(float)) * (2 * kWarps + kMostTiles) * kSamples * kRows;
-  // As many chunks at once as two blocks of a processor have room for, else one; all warps busy.
+  // Two blocks per processor where they fit, and as many chunks at once as there is room for.
   constexpr int kReserved = 1024;
-  int slice_chunks = kWarps, blocks = limits.shared_bytes / 2 - kReserved >=
-                                              fixed + Sums::slice_bytes(kWarps * kChunk<Storage>)
-                                          ? 2
-                                          : 1;
-  const int64_t room = limits.shared_bytes / blocks - (blocks > 1 ? kReserved : 0);
+  int slice_chunks = kWarps, blocks = 2;
+  int64_t room = limits.shared_bytes / blocks - kReserved;
+  if (fixed + Sums::slice_bytes(slice_chunks * kChunk<Storage>) > room) {
+    blocks = 1;
+    room = limits.shared_bytes;
+  }
   while (slice_chunks < chunks &&
          fixed + Sums::slice_bytes((slice_chunks + kWarps) * kChunk<Storage>) <= room) {
     slice_chunks += kWarps;

@@ -45,6 +45,7 @@ from tscnc_kernels._feature_major import (
 from tscnc_kernels._known_calls import call_key, known_call, remember_call
 from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
 from tscnc_kernels._masked_bitmap import BITMAP
+from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED
 from tscnc_kernels._masked_native import native_product
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
 from tscnc_kernels._masked_triton import (
@@ -89,7 +90,7 @@ def _check(
         raise ValueError(f"expected bias of shape ({rows},), got {tuple(bias.shape)}")
     check_name("activation", activation, ACTIVATIONS)
     if algorithm is not None:
-        check_name("algorithm", algorithm, (*ALGORITHMS, BITMAP))
+        check_name("algorithm", algorithm, (*ALGORITHMS, BITMAP, SEMI_STRUCTURED))
     if dense_grad and weight.ndim == 1:
         raise ValueError(
             f"dense_grad=True needs a dense weight of shape ({rows}, {width}), got values of shape "
@@ -352,7 +353,8 @@ def masked_linear(
         backend: "native", "triton" or "reference"; None chooses.
         algorithm: "panel", "blocked", "small_batch", "spmv", "block" (native, on the kept
             entries; "block" triton too), "bitmap" (native, on a GPU) or "dense" (GEMM on W ∘ M);
-            None chooses.
+            "semi_structured" (on a GPU) lets torch's product for masks that keep 2 of 4 weights
+            compete with "dense"; None chooses without it.
 
     Returns:
         (..., N) tensor of the input's dtype, row-major unless feature_major. The gradient of the
