@@ -47,6 +47,8 @@ INSTRUCTIONS = [
     ("triton/block_sparse.py", r".*", ["LDGSTS"]),
     ("triton/block_sparse.py", r".*(SAMPLES|SIDE)=(64|128).*", ["LDGSTS.E.BYPASS.128"]),
     ("triton/gram_iteration.py", r".*", ["LDGSTS.E.BYPASS.128", "DMMA"]),
+    ("triton/gated_transformed_l1.py", r".*IS_ALIGNED.*", ["LDG.E.128"]),
+    ("triton/gated_transformed_l1.py", r".*gradient.*IS_ALIGNED.*", ["STG.E.128"]),
     ("triton/transformed_l1.py", r"transformed_l1_kernel\[.*", ["LDG.E.128"]),
     ("triton/transformed_l1.py", r".*WITH_GRADIENT.*", ["STG.E.128"]),
 ]

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tscnc_kernels._masked_algorithms import SPARSE
 from tscnc_kernels._feature_major import in_layout
+from tscnc_kernels._masked_algorithms import SPARSE
 from tscnc_kernels._masked_bitmap import BITMAP, bitmap_product, has_kernel
 from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED, semi_structured_product
 from tscnc_kernels.sparsity import SparsityPattern

@@ -93,7 +93,7 @@ def test_what_cannot_run_is_refused():
     fake = OnCuda()
     fake._is_semi_structured = False
     assert "at most 2 of every 4" in semi.why_not(fake, "native")
-    with pytest.raises(RuntimeError, match="float16 or bfloat16, got torch.float32"):
+    with pytest.raises(RuntimeError, match=r"float16 or bfloat16, got torch\.float32"):
         semi.semi_structured_product(*layer(torch.float32), kept, 0, False)
 
 

@@ -45,9 +45,9 @@ from tscnc_kernels._feature_major import (
 from tscnc_kernels._known_calls import call_key, known_call, remember_call
 from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
 from tscnc_kernels._masked_bitmap import BITMAP
-from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED
 from tscnc_kernels._masked_native import native_product
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
+from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED
 from tscnc_kernels._masked_triton import (
     runs_in_triton,
     sparse_gradients,
