@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tscnc_kernels import _backend
 from tscnc_kernels._block_index import edge_of
 from tscnc_kernels._masked_bitmap import BITMAP, chunk_columns, has_kernel
 from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Native algorithms: "panel" for many samples, the others for few, one sample in particular.
 SPARSE = ("panel", "small_batch", "spmv", BITMAP)
+# The dense gradient of a weight by Triton, masked or gathered as it is stored.
+EPILOGUE = "epilogue"
 # Of convolutions.
 CONV_SPARSE = ("plane",)
 SMALL_BATCH = 16
@@ -42,6 +45,8 @@ SPREAD = {2: 4e12, 4: 2e12}
 SECTOR = 32
 # Share of the dense rate that blocks reach: narrow ones load each feature for fewer sums.
 BLOCK_SHARE, WIDEST = 0.75, 160
+# And that a dense product in Triton reaches.
+TRITON_SHARE = 0.9
 
 
 def predict(
@@ -66,6 +71,8 @@ def predict(
         seconds[name] = _small(shape, nnz, call, direction)
         if direction == "forward" and call.values and has_kernel(shape, call.dtype):
             seconds[BITMAP] = _bitmap(shape, nnz, call)
+    if op == "masked_linear" and direction == "grad_weight" and _has_epilogue(call):
+        seconds[EPILOGUE] = _epilogue(shape, nnz, call)
     edge = edge_of(blocks)
     if edge is not None and call.batch > 0:
         seconds["block"] = _block(shape, nnz, call, direction, edge)
@@ -112,6 +119,18 @@ def _dense(op: str, shape: Sequence[int], nnz: int, call: Call, direction: str) 
     if call.held and direction != "grad_weight":
         return product
     return product + 2 * LAUNCH + size * (2 * item + 3) / MEMORY
+
+
+def _has_epilogue(call: Call) -> bool:
+    is_half = call.dtype.itemsize == 2
+    return is_half and call.batch > SMALL_BATCH and _backend.why_no_triton("cuda") is None
+
+
+def _epilogue(shape: Sequence[int], nnz: int, call: Call) -> float:
+    item, size = call.dtype.itemsize, math.prod(shape)
+    rate = TRITON_SHARE * _rate("masked_linear", call.dtype)
+    moved = (call.batch * sum(shape) + (nnz if call.values else size)) * item + size / 8
+    return LAUNCH + max(2.0 * call.batch * size / rate, moved / MEMORY)
 
 
 def _panel(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from tests.op_suite import TOLERANCES, check_capture, check_close
 from tests.ops.test_masked_linear import MASKS, pattern
-from tscnc_kernels import SparsityPattern, _backend, _masked_cuda, masked_linear
+from tscnc_kernels import SparsityPattern, _backend, _masked_cuda, _masked_triton, masked_linear
 from tscnc_kernels._autotune import fastest
-from tscnc_kernels._masked_algorithms import DIRECTIONS, Call, check_forced
+from tscnc_kernels._masked_algorithms import DIRECTIONS, Algorithms, Call, check_forced
+from tscnc_kernels.ops import masked_linear as op
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ALGORITHMS = ["panel", "small_batch", "spmv", "bitmap", "dense"]
@@ -25,8 +26,51 @@ def predicted(batch, density, direction="forward", dtype=torch.bfloat16, **call)
 
 def test_half_precision_is_dense_below_the_crossover_and_sparse_above():
     for direction in DIRECTIONS:
-        assert predicted(4096, 0.1, direction, values=True) == "dense"
+        assert predicted(4096, 0.1, direction, values=True) in ("dense", "epilogue")
         assert predicted(4096, 0.005, direction, values=True) == "panel"
+
+
+def test_the_dense_gradient_of_a_weight_is_masked_as_it_is_stored_where_triton_is(monkeypatch):
+    for values in (True, False):
+        monkeypatch.setattr(_backend, "why_no_triton", lambda device: None)
+        assert predicted(1024, 0.1, "grad_weight", values=values) == "epilogue"
+        for direction in DIRECTIONS[:2]:
+            assert predicted(1024, 0.1, direction, values=values) == "dense"
+        assert predicted(1024, 0.9, "grad_weight", torch.float32, values=values) == "dense"
+        monkeypatch.setattr(_backend, "why_no_triton", lambda device: "the package is missing")
+        assert predicted(1024, 0.1, "grad_weight", values=values) == "dense"
+
+
+@pytest.mark.parametrize("values", [True, False])
+def test_a_pass_for_both_gradients_takes_each_by_its_own_algorithm(values):
+    """The epilogue's kernel beside the native one, under Triton's interpreter where no GPU is."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept = pattern(40, 24).to(device)
+    input, weight, _ = layer(50, 40, 24, kept, torch.float32, device)
+    gradient = torch.linspace(-1, 1, 50 * 40, device=device).view(50, 40)
+    held = kept.gather(weight) if values else weight * kept.mask
+    found = _masked_triton._own_gradients(
+        *("epilogue", gradient, gradient, input, held, kept, "none", (False, True, True))
+    )
+    dense = gradient.t() @ input * kept.mask
+    assert found[0] is None
+    check_close(found[1], kept.gather(dense) if values else dense, 1e-5, "weight")
+    check_close(found[2], gradient.sum(0), 1e-5, "bias")
+
+
+@needs_gpu
+@pytest.mark.parametrize("values", [True, False])
+def test_cuda_steps_run_the_epilogue_where_it_is_chosen(values, monkeypatch):
+    monkeypatch.setattr(op, "choose", lambda *_: Algorithms("dense", "dense", "epilogue"))
+    kept = pattern(130, 72).to("cuda")
+    problem = layer(64, 130, 72, kept, torch.bfloat16, "cuda")
+    problem[1] = kept.gather(problem[1]) if values else problem[1] * kept.mask
+    found = results(lambda x, w, b: masked_linear(x, w, kept, b, "gelu"), problem)
+    exact = [tensor.double() for tensor in problem]
+    expected = results(lambda x, w, b: op.reference(x, w, kept, b, "gelu"), exact)
+    for actual, wanted in zip(found, expected, strict=True):
+        check_close(actual, wanted, 40 * TOLERANCES[torch.bfloat16], "epilogue")
 
 
 def test_strict_float32_is_sparse_from_lower_sparsities_on():
