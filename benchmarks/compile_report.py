@@ -205,6 +205,18 @@ def multiples_of_16(variant: Any, kinds: Mapping[str, Any]) -> Iterator[tuple[in
             yield (place,)
 
 
+def archs_for(variant: Any, archs: Sequence[int]) -> Sequence[int]:
+    """Architectures between which a Triton kernel differs: strict float32 takes no tensor core, so
+    that its instructions and its shared memory are the same on all, and the newest one says it.
+    """
+    return archs if is_distinct(variant.name) else [max(archs)]
+
+
+def is_distinct(name: str) -> bool:
+    """Whether a Triton kernel of this name differs between architectures."""
+    return "[fp32" not in name
+
+
 def assemble(kernel: Any, log: str, folder: Path) -> tuple[Usage, tuple[str, ...]]:
     """Usage and opcodes of a compiled Triton kernel; `log` is empty if Triton had it already."""
     cubin = folder / "kernel.cubin"
@@ -239,7 +251,7 @@ def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterato
         names = variant.kernel.arg_names
         kinds = {name: variant.arguments.get(name, "constexpr") for name in names}
         attributes = {path: [["tt.divisibility", 16]] for path in multiples_of_16(variant, kinds)}
-        for arch in archs:
+        for arch in archs_for(variant, archs):
             with contextlib.redirect_stdout(io.StringIO()) as log:
                 kernel = triton.compile(
                     ASTSource(variant.kernel, kinds, dict(variant.constants), attributes),

@@ -94,14 +94,19 @@ def test_no_kernel_spills_registers(report: dict[str, Any]) -> None:
     assert [row for row in report["rows"] if row["spill_bytes"]] == []
 
 
+def is_distinct(row: dict[str, Any]) -> bool:
+    """Whether a kernel is compiled for every architecture, see `compile_report.archs_for`."""
+    return not row["source"].startswith("triton") or compile_report.is_distinct(row["kernel"])
+
+
 @pytest.mark.parametrize("source", [f"triton/{name}.py" for name in TRITON_FILES] + CUDA_FILES)
 def test_every_source_is_compiled_for_every_architecture(
     report: dict[str, Any], source: str
 ) -> None:
     rows = rows_of(report, source)
-    kernels = {row["kernel"] for row in rows}
+    every, newest = compile_report.ARCHITECTURES, compile_report.ARCHITECTURES[-1:]
     assert {(row["kernel"], row["arch"]) for row in rows} == {
-        (kernel, arch) for kernel in kernels for arch in compile_report.ARCHITECTURES
+        (row["kernel"], arch) for row in rows for arch in (every if is_distinct(row) else newest)
     }
     assert all(0 < row["registers"] <= 255 for row in rows)
 
@@ -137,7 +142,9 @@ def test_half_precision_products_use_the_tensor_cores_of_their_architecture(
 def test_kernels_fit_into_the_shared_memory_of_their_architecture(report: dict[str, Any]) -> None:
     # KiB that a block may use on an A100 and an H100.
     limits = {80: 163, 90: 227}
-    assert [row for row in report["rows"] if row["shared_bytes"] > 1024 * limits[row["arch"]]] == []
+    for row in report["rows"]:
+        limit = limits[row["arch"]] if is_distinct(row) else min(limits.values())
+        assert row["shared_bytes"] <= 1024 * limit, row
 
 
 def test_spills_in_the_assembler_log_are_counted() -> None:
