@@ -93,6 +93,18 @@ void run_product(const cuda::ProductCall& call, bool small, const Tensor& like) 
   check_cuda(cuda::launch_panel_product(call, workspace.mutable_data_ptr(), stream), kOp);
 }
 
+// Of columns that are 16 bits wide.
+cuda::KeptEntries narrow_entries(const Tensor& pointers, const Tensor& columns,
+                                 const Tensor& input) {
+  const int64_t rows = pointers.numel() - 1;
+  check_on_device(kOp, columns, input, "columns");
+  STD_TORCH_CHECK(
+      rows >= 1 && columns.is_contiguous() && input.size(1) <= 1 << 16 && input.element_size() == 2,
+      kOp, ": 16-bit columns are for up to 65536 features of a half type");
+  return {index_on_device(kOp, pointers, input, rows + 1, "row_pointers"), nullptr, rows,
+          input.size(1), columns.numel()};
+}
+
 const void* checked_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& like) {
   if (!bias.has_value()) return nullptr;
   check_on_device(kOp, *bias, like, "bias");
@@ -111,21 +123,28 @@ std::tuple<Tensor, Tensor> masked_linear_cuda(Tensor input, Tensor weight,
                   " dimensions");
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const DType dtype = cuda_dtype(kOp, input);
-  const cuda::KeptEntries entries =
-      kept_on_device(kOp, row_pointers, columns, input.size(1), input, "row_pointers", "columns");
+  const bool narrow = columns.scalar_type() == ScalarType::UInt16;
+  const cuda::KeptEntries entries = narrow
+                                        ? narrow_entries(row_pointers, columns, input)
+                                        : kept_on_device(kOp, row_pointers, columns, input.size(1),
+                                                         input, "row_pointers", "columns");
   const Tensor held = contiguous_values(weight);
   const int64_t count = input.size(0);
   Tensor output = torch::stable::new_empty(input, {count, entries.rows});
   Tensor preactivation =
       torch::stable::new_empty(input, {save_preactivation ? count : 0, entries.rows});
-  const cuda::ProductCall call = {entries,
-                                  kept_values(held, entries, input),
-                                  sample_matrix(input),
-                                  checked_bias(bias, entries.rows, input),
-                                  activation_of(activation),
-                                  output.mutable_data_ptr(),
-                                  save_preactivation ? preactivation.mutable_data_ptr() : nullptr,
-                                  dtype};
+  const cuda::ProductCall call = {
+      entries,
+      kept_values(held, entries, input),
+      sample_matrix(input),
+      checked_bias(bias, entries.rows, input),
+      activation_of(activation),
+      output.mutable_data_ptr(),
+      save_preactivation ? preactivation.mutable_data_ptr() : nullptr,
+      dtype,
+      narrow ? static_cast<const uint16_t*>(columns.const_data_ptr()) : nullptr};
+  STD_TORCH_CHECK(!narrow || (small && cuda::small_product_fits(call)), kOp,
+                  ": 16-bit columns are for few samples that fit into shared memory");
   run_product(call, small, input);
   return {in_layout(output, feature_major), in_layout(preactivation, feature_major)};
 }

@@ -30,11 +30,8 @@ INSTRUCTIONS = [
     ("masked_linear.cu", r"panel_product_kernel<.*", ["LDG.E.128", "LDS.128", "STS.128"]),
     ("masked_linear_weight_gradient.cu", r"weight_gradient_kernel<.*", ["LDS.128", "STS.128"]),
     ("masked_linear_small.cu", r"small_product_kernel<float, .*", ["LDG.E.128"]),
-    (
-        "masked_linear_small.cu",
-        r"small_product_kernel<__nv_bfloat16, .*",
-        ["LDG.E.128", "LDG.E.64"],
-    ),
+    ("masked_linear_small.cu", r"small_product_kernel<__nv_bfloat16, .*", ["LDG.E.128"]),
+    ("masked_linear_small.cu", r"small_product_kernel<__half, unsigned short, .*", ["LDG.E.128"]),
     ("masked_linear_bitmap.cu", r"bitmap_.*", ["LDGSTS.E.BYPASS.128"]),
     ("masked_linear_bitmap.cu", r"bitmap_product_kernel<float, .*", ["LDS.128"]),
     ("masked_linear_bitmap.cu", r"bitmap_product_kernel<__.*", ["HMMA.16816.F32", "LDG.E.64"]),

@@ -168,7 +168,8 @@ def _bitmap(shape: Sequence[int], nnz: int, call: Call) -> float:
 def _small(shape: Sequence[int], nnz: int, call: Call, direction: str) -> float:
     item = call.dtype.itemsize
     is_scattered = not call.values or direction == "grad_input"
-    moved = nnz * (4 + (SECTOR if is_scattered else item))
+    index = min(4, item) if direction == "forward" else 4
+    moved = nnz * (index + (SECTOR if is_scattered else item))
     if direction == "grad_weight" and not call.values:
         moved += math.prod(shape) * item
     return LAUNCH + moved / MEMORY + nnz * call.batch * item / SHARED

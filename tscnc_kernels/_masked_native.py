@@ -14,6 +14,25 @@ from tscnc_kernels.sparsity import SparsityPattern
 _native = torch.ops.tscnc_kernels
 # Of the raw ops; where a bitmap has no kernel, the one for few samples takes its place.
 _CODES = {**SPARSE, BITMAP: SPARSE["small_batch"]}
+# Features of one sample that fit into any GPU's shared memory in a half type.
+_NARROW = 1 << 15
+
+
+def columns_for(algorithm: str, input: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The columns of the kept entries, as an algorithm reads them.
+
+    On CUDA products of few samples of a half type take 16-bit ones, which the pattern keeps: their
+    time is that of reading index and values.
+    """
+    if algorithm == "blocked":
+        return pattern.blocked_rows
+    is_few = algorithm != "panel" and input.is_cuda and input.dtype.itemsize == 2
+    if not is_few or pattern.matrix_shape[1] > _NARROW:
+        return pattern.columns
+    known: Tensor | None = pattern.__dict__.get("_narrow_columns")
+    if known is None:
+        known = pattern.__dict__["_narrow_columns"] = pattern.columns.to(torch.uint16)
+    return known
 
 
 def native_product(
@@ -33,7 +52,7 @@ def native_product(
     if algorithm == SEMI_STRUCTURED:
         found = semi_structured_product(input, weight, bias, pattern, activation, save)
         return in_layout(found[0], feature_major), in_layout(found[1], feature_major)
-    kept = pattern.blocked_rows if algorithm == "blocked" else pattern.columns
+    kept = columns_for(algorithm, input, pattern)
     codes = activation, _CODES[algorithm], save, feature_major
     return _native.masked_linear.default(  # type: ignore[no-any-return]
         input, weight, bias, pattern.row_pointers, kept, *codes

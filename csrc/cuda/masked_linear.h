@@ -52,6 +52,8 @@ struct ProductCall {
   void* output;         // (count, rows), contiguous
   void* preactivation;  // the same without the activation, or null
   DType dtype;
+  // For few samples of a half type: read in place of entries.columns where it is not null.
+  const uint16_t* narrow_columns = nullptr;
 };
 
 // Bytes of device memory that `launch_panel_product` needs; 0 if the device cannot be asked.

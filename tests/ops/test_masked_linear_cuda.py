@@ -1,6 +1,7 @@
 """What masked_linear chooses on CUDA; where a GPU is, every algorithm of it beside float64."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.ops.test_masked_linear import MASKS, pattern
 from tscnc_kernels import SparsityPattern, _backend, _masked_cuda, _masked_triton, masked_linear
 from tscnc_kernels._autotune import fastest
 from tscnc_kernels._masked_algorithms import DIRECTIONS, Algorithms, Call, check_forced
+from tscnc_kernels._masked_native import columns_for
 from tscnc_kernels.ops import masked_linear as op
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -103,6 +105,21 @@ def test_a_weight_that_is_masked_already_costs_nothing_to_mask():
         for kind in (call, call._replace(held=False))
     )
     assert held < unknown
+
+
+def test_few_samples_of_half_types_read_narrow_columns():
+    kept, wide = pattern(8, 64), pattern(2, (1 << 15) + 1)
+
+    def columns(algorithm="small_batch", dtype=torch.bfloat16, of=kept):
+        return columns_for(algorithm, SimpleNamespace(is_cuda=True, dtype=dtype), of)
+
+    narrow = columns()
+    assert narrow.dtype == torch.uint16 and torch.equal(narrow.int(), kept.columns)
+    assert columns("spmv") is narrow
+    for other in (columns("panel"), columns(dtype=torch.float32)):
+        assert other is kept.columns
+    assert columns(of=wide) is wide.columns
+    assert columns_for("small_batch", torch.ones(2, 64).half(), kept) is kept.columns
 
 
 class OnCuda:
