@@ -35,7 +35,8 @@ inline Vec<C> masked(Vec<C> value, const MaskBits<C>* mask) {
   return bit_cast<Vec<C>>(bit_cast<Bits>(value) & load(mask));
 }
 
-// One tile of `count` taps: where its pixels and masks begin, and where its results go.
+// `times` neighbouring tiles of equal masks: where the pixels and masks of the first begin, and
+// where its results go.
 template <class T>
 struct DirectTile {
   const T* data;
@@ -46,6 +47,14 @@ struct DirectTile {
   int64_t result_image;
   int64_t last;  // pixels of the tile's last vector
   Activation activation;
+  int64_t times;
+
+  // To the next tile, of `length` pixels as this one.
+  void advance(int64_t length) {
+    first += length;
+    if (result != nullptr) result += length;
+    if (preactivation != nullptr) preactivation += length;
+  }
 };
 
 // Writes a tile's vectors, kVecs of each image, to its place in a tensor.
@@ -68,8 +77,9 @@ template <class C>
 }
 
 template <class T, bool kChecked, int kImages, int kVecs>
-void add_direct(const DirectTile<T>& tile, const Compute<T>* values, const int32_t* offsets,
-                const int32_t* masks, int64_t count, Compute<T> bias) {
+[[gnu::always_inline]] inline void add_to_tile(const DirectTile<T>& tile, const Compute<T>* values,
+                                               const int32_t* offsets, const int32_t* masks,
+                                               int64_t count, Compute<T> bias) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>, kSize = kImages * kVecs;
   constexpr int kUnroll = kSize > 4 ? 1 : kSize > 2 ? 2 : 4;
@@ -114,12 +124,21 @@ void add_direct(const DirectTile<T>& tile, const Compute<T>* values, const int32
   put_tile<T, kImages, kVecs>(tile, tile.result, [&](int v) { return load(sums + v * kW); });
 }
 
+template <class T, bool kChecked, int kImages, int kVecs>
+void add_direct(DirectTile<T> tile, const Compute<T>* values, const int32_t* offsets,
+                const int32_t* masks, int64_t count, Compute<T> bias) {
+  for (int64_t t = 0; t < tile.times; ++t, tile.advance(kVecs * kLanes<T>)) {
+    add_to_tile<T, kChecked, kImages, kVecs>(tile, values, offsets, masks, count, bias);
+  }
+}
+
 // The same for the input's gradient, and into products[j], a vector of partial sums, what the tile
 // contributes to the gradient of weight j.
 template <class T, bool kChecked, int kImages, int kVecs>
-void add_both_direct(const DirectTile<T>& tile, const T* input, const Compute<T>* values,
-                     const int32_t* offsets, const int32_t* masks, int64_t count,
-                     Compute<T>* products) {
+[[gnu::always_inline]] inline void add_both_to_tile(const DirectTile<T>& tile, const T* input,
+                                                    const Compute<T>* values,
+                                                    const int32_t* offsets, const int32_t* masks,
+                                                    int64_t count, Compute<T>* products) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>, kSize = kImages * kVecs;
   const Around<T, kChecked> pixels{tile.data, tile.size};
@@ -148,6 +167,17 @@ void add_both_direct(const DirectTile<T>& tile, const T* input, const Compute<T>
   }
   if (tile.result == nullptr) return;
   put_tile<T, kImages, kVecs>(tile, tile.result, [&](int v) { return sum[v]; });
+}
+
+template <class T, bool kChecked, int kImages, int kVecs>
+void add_both_direct(DirectTile<T> tile, const T* input, const Compute<T>* values,
+                     const int32_t* offsets, const int32_t* masks, int64_t count,
+                     Compute<T>* products) {
+  constexpr int64_t kLength = kVecs * kLanes<T>;
+  for (int64_t t = 0; t < tile.times; ++t, tile.advance(kLength)) {
+    add_both_to_tile<T, kChecked, kImages, kVecs>(tile, input + t * kLength, values, offsets, masks,
+                                                  count, products);
+  }
 }
 
 template <class T>
@@ -210,16 +240,24 @@ struct DirectRow {
     highest = (image + images - 1) * image_size + taps.offsets[begin + count - 1] + 2 * taps.reach;
   }
 
-  // Calls function(tile, shape, first pixel, whether reads may leave the tensor); the caller fills
-  // in where the results go.
+  // Calls function(tiles, shape of each, first pixel, whether reads may leave the tensor); the
+  // caller fills in where the results go.
   template <class Function>
   void for_each_tile(const Function& function) const {
     constexpr int64_t kW = kLanes<T>;
     const int64_t length = tiles.vecs * kW, image_size = source.channels * source.pixels;
     const int64_t size = source.count * image_size;
-    for (int64_t t = 0, pixel = 0; t < tiles.count; ++t, pixel += length) {
+    int64_t times = 1;
+    for (int64_t t = 0, pixel = 0; t < tiles.count; t += times, pixel += times * length) {
       const int64_t left = source.pixels - pixel;
       const int64_t vecs = left < length ? (left + kW - 1) / kW : tiles.vecs;
+      const bool leaves = lowest + pixel < 0 || highest + pixel + vecs * kW > size;
+      const auto follows = [&](int64_t tile) {
+        return tile < tiles.count && tiles.starts[tile] == tiles.starts[t] &&
+               (tile - t + 1) * length <= left && highest + pixel + (tile - t + 1) * length <= size;
+      };
+      times = 1;
+      while (!leaves && follows(t + times)) ++times;
       DirectTile<T> tile{source.data,
                          size,
                          image * image_size + pixel,
@@ -229,8 +267,8 @@ struct DirectRow {
                          nullptr,
                          0,
                          left < vecs * kW ? left - (vecs - 1) * kW : kW,
-                         Activation::none};
-      const bool leaves = lowest + pixel < 0 || highest + pixel + vecs * kW > size;
+                         Activation::none,
+                         times};
       function(tile, Tile{images, vecs, 0, 0, 0}, pixel, leaves);
     }
   }
