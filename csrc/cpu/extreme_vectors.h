@@ -9,6 +9,7 @@
 #include "direct_extremes.h"
 #include "row_qr.h"
 #include "square_extremes.h"
+#include "tall_gram.h"
 
 namespace tscnc::TSCNC_ISA {
 
@@ -26,8 +27,9 @@ constexpr double kSingleAspect = 1.3;
 // Estimated relative error of sigma^2 above which the direct vectors are not taken.
 constexpr double kDirectError = 1e-5, kDirectErrorDouble = 1e-13;
 constexpr int64_t kNullSteps = 3;
-// Operator applications that look for a condition beyond fp32 before it is reduced.
-constexpr int64_t kSteepBlocks = 8;
+// Operator applications that look for a condition beyond fp32, and what they take for one.
+constexpr int64_t kSteepBlocks = 5;
+constexpr double kSteepSpread = 150;
 constexpr double kUnit = 0x1p-53;
 // Shift of the refactored triangle beside a null space, relative to |A|_F: far above rounding,
 // which keeps the null space from drowning the rest, and far below any sigma_r worth finding.
@@ -65,11 +67,7 @@ class ExtremeVectors : public ExtremePairs {
     const bool steep = static_cast<double>(a.m) >= kSingleAspect * static_cast<double>(a.n);
     single_ = source.dtype != DType::float64 && steep && a.n >= kLeastSingle &&
               a.n <= kSingleSize && may_go_direct();
-    if (single_ && !options.certify) {
-      gram<float>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
-      // What the squares of fp32 cannot hold goes through fp64.
-      rounded_ = fits_in_single(find_trace());
-    }
+    if (single_ && !options.certify) load_rounded();
     if (!rounded_) load_exactly();
     return trace;
   }
@@ -116,6 +114,22 @@ class ExtremeVectors : public ExtremePairs {
   // What the direct way leaves to the Krylov spaces: null spaces and the power method.
   bool may_go_direct() const { return deficiency == 0 && !options.power; }
 
+  // In fp32, unless the first rows show already that this is too little, or its range is.
+  void load_rounded() {
+    const int64_t size = symmetric_size(a.n), part = 2 * a.n;
+    if (a.sparse || a.n <= kDirectSize || a.m < 2 * part) {
+      gram<float>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
+    } else {
+      zero(work.gram, size);
+      add_gram<float>(a, 0, part, work.gram, work.ld, work.panel, work.packed);
+      single_ = !looks_steep();
+      if (!single_) return;
+      seen_flat_ = true;
+      add_gram<float>(a, part, a.m, work.gram, work.ld, work.panel, work.packed);
+    }
+    rounded_ = fits_in_single(find_trace());
+  }
+
   void load_exactly() {
     rounded_ = false;
     gram<double>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
@@ -133,7 +147,7 @@ class ExtremeVectors : public ExtremePairs {
   bool solve_directly() {
     if (!may_go_direct() || !(single_ || a.n <= kDirectSize)) return false;
     const bool fp64 = source.dtype == DType::float64;
-    if (single_ && a.n > kDirectSize && looks_steep()) return false;
+    if (single_ && !seen_flat_ && looks_steep()) return false;
     const double tie_gap = krylov_options().tie_gap, close = fp64 ? 0x1p-50 : 0x1p-26;
     const auto direct = single_ ? &direct_extremes<float> : &direct_extremes<double>;
     DirectResult found;
@@ -169,14 +183,16 @@ class ExtremeVectors : public ExtremePairs {
   }
 
   // Whether a few steps into the Krylov space, whose values lie between those of the Gram matrix,
-  // already span more than fp32 can take. They leave a start for find_largest().
+  // already span so much that all of it is more than fp32 can take. Small matrices are reduced
+  // sooner. Leaves a start for find_largest().
   bool looks_steep() {
+    if (a.n <= kDirectSize) return false;
     KrylovOptions options = krylov_options();
     options.tolerance = 0;
     options.max_blocks = kSteepBlocks;
     KrylovSpace space(a.n, work.ld, work.basis);
     const KrylovResult seen = space.run(gram_operator(), options, block(0));
-    return seen.spread > kSingleCondition * kSingleCondition;
+    return seen.spread > kSteepSpread;
   }
 
   double largest_entry() {
@@ -293,8 +309,9 @@ class ExtremeVectors : public ExtremePairs {
   int64_t null_count_ = 0;
   bool started_ = false;         // from a state
   bool by_elimination_ = false;  // A was copied for SquareExtremes instead of multiplied
-  bool single_ = false;   // the direct way works in fp32
-  bool rounded_ = false;  // the Gram matrix was summed in fp32
+  bool single_ = false;          // the direct way works in fp32
+  bool seen_flat_ = false;       // looks_steep() has seen a part of A
+  bool rounded_ = false;         // the Gram matrix was summed in fp32
 };
 
 }  // namespace tscnc::TSCNC_ISA
