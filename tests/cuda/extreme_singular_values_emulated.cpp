@@ -8,6 +8,7 @@ extern "C" int64_t workspace(const SpectralJob* jobs, int64_t count) {
 }
 extern "C" int extreme_singular_values(const SpectralJob* jobs, const SpectralSettings* settings,
                                        const double* warm, const SpectralOutputs* outputs,
-                                       double* workspace) {
-  return launch_extreme_singular_values(jobs, *settings, warm, *outputs, workspace, nullptr);
+                                       double* workspace, const int32_t* settled) {
+  return launch_extreme_singular_values(jobs, *settings, warm, *outputs, workspace, settled,
+                                        nullptr);
 }
