@@ -6,8 +6,8 @@ A matrix whose smaller side is at most 128 is one block of the kernel behind the
 From a state, passes over the matrices come first: one launch for a list of any sizes, behind the op
 `extreme_singular_values_warm`, in which a matrix leaves as soon as the promised error is proven. A
 second launch factors those small ones that did not; nothing tells the host which. A larger matrix
-takes its σ_max from the passes, which flag it where they prove too little, and σ_min from a factor,
-without which nothing promises it.
+takes its σ_max from the passes, which flag it where they prove too little. Its σ_min is that of a
+factor, without which nothing promises it, or with method="passes" that of the passes.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tscnc_kernels._spectral import Raw, output_dtype
 from tscnc_kernels._spectral_kernels import SMALL_SIDE, Settings, solve_by_kernels
-from tscnc_kernels._spectral_large import solve_large
+from tscnc_kernels._spectral_large import host_rank, solve_large
 
 # The axis along which the matrices lie side by side in each of the raw op's outputs.
 _AXES = (1, 1, 1, 1, 1, 0, 0, 0, 0, 0)
@@ -69,11 +69,18 @@ class _Lists(NamedTuple):
         return _Lists(matrices, masks, structures, state)
 
 
-def _is_for_kernels(matrix: Tensor, is_warm: bool, settings: Settings) -> bool:
-    """Whether one of the kernels alone solves the matrix."""
-    # Squares of float64 may leave the range that passes have.
-    by_passes = is_warm and settings.largest_only and matrix.dtype != torch.float64
-    return min(matrix.shape) <= SMALL_SIDE or by_passes
+def _is_for_kernels(lists: _Lists, index: int, settings: Settings, passes: bool) -> bool:
+    """Whether one of the kernels alone solves the matrix; passes: by passes if it is large."""
+    matrix, _, structure, state = lists.one(index)
+    if min(matrix.shape) <= SMALL_SIDE:
+        return True
+    if state is None or settings.power or settings.certify:
+        return False
+    # Its squares may leave the range that passes have.
+    if matrix.dtype == torch.float64:
+        return False
+    is_whole = structure is None or host_rank(structure) == min(matrix.shape)
+    return settings.largest_only or (passes and is_whole)
 
 
 def _solve_some(lists: _Lists, chosen: Sequence[int], settings: Settings) -> dict[int, Raw]:
@@ -96,22 +103,20 @@ def extreme_singular_values(
     power: bool,
     certify: bool,
     largest_only: bool,
+    passes: bool = False,
 ) -> Raw:
     """The raw op for matrices on CUDA; on the CPU, what it does with large ones is the same."""
     settings = Settings(structural, tie_tol, power, certify, largest_only)
     lists = _Lists(matrices, masks, structures, state)
-    is_warm = state is not None and not (power or certify)
-    by_kernels = [
-        i for i in range(len(matrices)) if _is_for_kernels(matrices[i], is_warm, settings)
-    ]
+    places = range(len(matrices))
+    by_kernels = [i for i in places if _is_for_kernels(lists, i, settings, passes)]
     if len(by_kernels) == len(matrices):
         return _shown(solve_by_kernels(*lists, settings), matrices)
     found = _solve_some(lists, by_kernels, settings)
-    others = [i for i in range(len(matrices)) if i not in found]
-    # The squares of float64 may leave the range that passes have.
-    in_range = [i for i in others if matrices[i].dtype != torch.float64]
-    ends = settings._replace(largest_only=True)
-    tops = _solve_some(lists, in_range, ends) if is_warm else {}
+    others = [i for i in places if i not in found]
+    largest = settings._replace(largest_only=True)
+    by_passes = [i for i in others if _is_for_kernels(lists, i, largest, passes)]
+    tops = _solve_some(lists, by_passes, largest)
     for i in others:
         w, mask, structure, start = lists.one(i)
         raw = solve_large(_masked(w, mask), structure, start, tops.get(i), settings)

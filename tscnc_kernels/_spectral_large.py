@@ -41,7 +41,7 @@ Operator = Callable[[Tensor], Tensor]
 _ranks: Any = WeakIdKeyDictionary()
 
 
-def _host_rank(structure: Tensor) -> int:
+def host_rank(structure: Tensor) -> int:
     """The structural rank as a number, read from the device once per pattern."""
     if structure not in _ranks:
         _ranks[structure] = int(structure[0])
@@ -178,10 +178,11 @@ def _end_by_passes(a: _Tall, raw: Raw) -> _End:
     sigma, left, right, block, _, _, residual, flags, ties, _ = raw
     n = a.matrix.shape[1]
     # Of a square matrix, either: it is tall.
-    sides = (left[0], right[0]) if right.shape[1] == n else (right[0], left[0])
+    long, short = (left, right) if right.shape[1] == n else (right, left)
     error = torch.where(flags[0] & CAP_REACHED == 0, 0.0, torch.inf)
-    value, rest = sigma[0, 0] * a.scale, residual[0, 0] * a.scale
-    return _End(value, *sides, block[:MAX_TIES], ties[0, 0], rest, error)
+    value, rest = sigma[0, 0].double() * a.scale, residual[0, 0] * a.scale
+    rows = block[:MAX_TIES]
+    return _End(value, long[0].double(), short[0].double(), rows, ties[0, 0], rest, error)
 
 
 def solve_large(
@@ -198,7 +199,7 @@ def solve_large(
     n = min(w.shape)
     rank = n
     if settings.structural and structure is not None:
-        rank = _host_rank(structure)
+        rank = host_rank(structure)
     finite = torch.isfinite(w).all()
     wants_both = not settings.largest_only
     a = _make_tall(torch.where(finite, w, 0.0), n - max(rank, 1), wants_both)

@@ -79,6 +79,18 @@ __device__ __forceinline__ double fold_sum(double (&values)[kCount]) {
   return values[0];
 }
 
+// An element of each vector of a block, by 128-bit loads.
+template <int kBlock>
+__device__ __forceinline__ void load_elements(const double* block, int64_t at,
+                                              double (&elements)[kBlock]) {
+#pragma unroll
+  for (int q = 0; q < kBlock; q += 2) {
+    const double2 both = *reinterpret_cast<const double2*>(block + at * kBlock + q);
+    elements[q] = both.x;
+    elements[q + 1] = both.y;
+  }
+}
+
 // The region times x, a vector block over its columns; a warp takes 32 / kBlock rows at a time.
 template <int kBlock>
 TSCNC_CALLED void multiply_region_rows(const SpectralJob& job, const Region& region,
@@ -90,8 +102,7 @@ TSCNC_CALLED void multiply_region_rows(const SpectralJob& job, const Region& reg
       double sums[kWarpSize] = {};
       for (int64_t col = lane; col < region.cols; col += kWarpSize) {
         double factor[kBlock];
-#pragma unroll
-        for (int q = 0; q < kBlock; ++q) factor[q] = x[col * kBlock + q];
+        load_elements(x, col, factor);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (first + r >= region.rows) continue;
@@ -122,8 +133,10 @@ TSCNC_CALLED void multiply_region_columns(const SpectralJob& job, const Region& 
 #pragma unroll 8
       for (int64_t row = share; row < region.rows && share < sharers; row += sharers) {
         const double entry = entry_of<decltype(storage)>(job, (region.row + row) * job.cols + col);
+        double factor[kBlock];
+        load_elements(y, row, factor);
 #pragma unroll
-        for (int q = 0; q < kBlock; ++q) sums[q] += entry * y[row * kBlock + q];
+        for (int q = 0; q < kBlock; ++q) sums[q] += entry * factor[q];
       }
     });
     __syncthreads();

@@ -173,12 +173,13 @@ class WarmSolver {
       const double* block = at_.basis + (first + p) * n_ * kBlock;
       double sums[kBlock * kBlock] = {};
       for (int64_t j = lane; j < n_; j += kWarpSize) {
+        double own[kBlock], others[kBlock];
+        load_elements(block, j, own);
+        load_elements(other, j, others);
 #pragma unroll
         for (int i = 0; i < kBlock; ++i) {
 #pragma unroll
-          for (int q = 0; q < kBlock; ++q) {
-            sums[i * kBlock + q] += block[j * kBlock + i] * other[j * kBlock + q];
-          }
+          for (int q = 0; q < kBlock; ++q) sums[i * kBlock + q] += own[i] * others[q];
         }
       }
       const double sum = fold_sum(sums);

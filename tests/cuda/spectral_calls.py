@@ -118,12 +118,20 @@ def solve(
     certify: bool = False,
     largest_only: bool = False,
     every_order: bool = False,
+    settled: Sequence[bool] | None = None,
 ) -> Raw:
-    """The raw op's outputs; every_order: checked to be the same in every order of the threads."""
+    """The raw op's outputs; every_order: checked to be the same in every order of the threads.
+
+    settled: what a warm launch would have settled, whose outputs are not written.
+    """
     count = problem.sizes[0]
     size = library.function("workspace", c_int64, c_void_p, c_int64)(problem.jobs, count)
     launch = library.function("extreme_singular_values", c_int, *(c_void_p,) * 6)
     settings = Settings(tie_tol, structural, power, certify, largest_only)
+    counters = None
+    if settled is not None:
+        counters = torch.zeros(count, library.function("warm_counters", c_int)()).int()
+        counters[:, library.function("settled_counter", c_int)()] = torch.tensor(settled).int()
 
     def once() -> list[Tensor]:
         outputs = RawOutputs(problem, certify)
@@ -131,7 +139,8 @@ def solve(
         warm = None if state is None else state.data_ptr()
         address = workspace.tensor.data_ptr()
         table = byref(outputs.table)
-        library.call(launch, problem.jobs, byref(settings), warm, table, address, None)
+        kept = None if counters is None else counters.data_ptr()
+        library.call(launch, problem.jobs, byref(settings), warm, table, address, kept)
         workspace.check()
         return outputs.read(problem)
 
@@ -153,7 +162,7 @@ def solve_warm(
     count = problem.sizes[0]
     size = library.function("warm_workspace", c_int64, c_void_p, c_int64)(problem.jobs, count)
     stride = library.function("warm_counters", c_int)()
-    settled = library.function("settled_counter", c_int)()
+    place = library.function("settled_counter", c_int)()
     launch = library.function("warm_singular_values", c_int, *(c_void_p,) * 6)
     settings = Settings(tie_tol, structural, False, False, largest_only)
 
@@ -166,7 +175,7 @@ def solve_warm(
         library.call(launch, problem.jobs, byref(settings), state.data_ptr(), table, *addresses)
         workspace.check()
         counters.check()
-        return [*outputs.read(problem), counters.tensor.view(count, stride)[:, settled].clone()]
+        return [*outputs.read(problem), counters.tensor.view(count, stride)[:, place].clone()]
 
     *raw, done = library.run_in_every_order(once) if every_order else once()
     return tuple(raw), (done != 0).tolist()  # type: ignore[return-value]
