@@ -4,9 +4,10 @@ A bench file lists `Case`s (what is computed, on what, how much work it is) and 
 computes it) and calls `main`. For each case every provider must first agree with the float64
 reference; those that do are timed in turn, A B C A B C, each round in another order, so that a slow
 moment of the machine hits all alike. Each turn begins with one call that is not timed, so that it
-tells how the provider runs, not in what state the one before has left the caches. A fixed dense
-control is read before and after: if it moved by more than 5 % the case is measured again, after
-three attempts dropped. Where nothing is saved, the first attempt is shown with a warning.
+tells how the provider runs, not in what state the one before has left the caches; and freed memory
+stays with the process (`machine.keep_freed_memory`). A fixed dense control is read before and
+after: if it moved by more than 5 % the case is measured again, after three attempts dropped. Where
+nothing is saved, the first attempt is shown with a warning.
 
 A run saves after every case and skips what is saved, so an interrupted one goes on where it was. It
 says beforehand, and at every case, how long it expects to take.
@@ -203,6 +204,7 @@ def main(
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
     machine.decide_anew()
+    machine.keep_freed_memory()
     if device.type == "cpu":
         machine.pin(options.threads)
     unknown = set(options.backend or []) - {provider.name for provider in providers}

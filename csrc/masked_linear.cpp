@@ -42,14 +42,19 @@ Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-// `checked`: every column is looked at here, for kernels that do not check what they read.
+// `checked`: every column is looked at here, for kernels that do not check what they read. Columns
+// in 16 bits, only for kernels that take them apart, are left out.
 SparseRows sparse_rows(const Tensor& pointers, const Tensor& columns, int64_t width,
-                       const char* pointers_name, const char* columns_name, bool checked = true) {
+                       const char* pointers_name, const char* columns_name, bool checked = true,
+                       bool narrow = false) {
   const int64_t kept = columns.numel();
   const int32_t* begin = pointer_data(kOp, pointers, kept, pointers_name);
   STD_TORCH_CHECK(pointers.numel() >= 2, kOp, ": expected ", pointers_name, " of at least one row");
-  const int32_t* entries = checked ? bounded_index(kOp, columns, kept, width, columns_name)
-                                   : index_data(kOp, columns, kept, columns_name);
+  const int32_t* entries = nullptr;
+  if (!narrow) {
+    entries = checked ? bounded_index(kOp, columns, kept, width, columns_name)
+                      : index_data(kOp, columns, kept, columns_name);
+  }
   return {begin, entries, pointers.numel() - 1, width};
 }
 
@@ -165,8 +170,14 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
     return blocked_linear(input, weight, bias, row_pointers, columns, activation,
                           save_preactivation, feature_major);
   }
-  const SparseRows structure = sparse_rows(row_pointers, columns, input.size(1), "row_pointers",
-                                           "columns", !is_small(chosen) || weight.dim() == 2);
+  // Where a dense weight's entries have to be picked, the columns must be whole and checked.
+  const bool checked = !is_small(chosen) || weight.dim() == 2;
+  const bool narrow =
+      chosen == Algorithm::spmv && !checked && columns.scalar_type() == ScalarType::UInt16;
+  STD_TORCH_CHECK(!narrow || (columns.is_cpu() && columns.is_contiguous()), kOp,
+                  ": expected contiguous columns on the CPU");
+  const SparseRows structure =
+      sparse_rows(row_pointers, columns, input.size(1), "row_pointers", "columns", checked, narrow);
   const Activation act = activation_of(activation);
   const ScalarType dtype = input.scalar_type();
   check_matrix(input, input.size(0), structure.width, dtype, "input");
@@ -185,7 +196,9 @@ std::tuple<Tensor, Tensor> masked_linear_cpu(Tensor input, Tensor weight,
                                    results<T>(output),
                                    save_preactivation ? results<T>(preactivation) : Results<T>{},
                                    1};
-    if (is_small(chosen)) return run_small_product<T>(call, chosen == Algorithm::spmv);
+    if (chosen == Algorithm::spmv)
+      return run_spmv<T>(call, narrow ? data<uint16_t>(columns) : nullptr);
+    if (chosen == Algorithm::small_batch) return run_small_product<T>(call);
     chosen == Algorithm::block ? run_block_product<T>(call) : run_product<T>(call);
   });
   return {output, preactivation};

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tscnc_kernels import SparsityPattern, masked_linear, use_backend
+from tscnc_kernels import SparsityPattern, masked_conv2d, masked_linear, use_backend
 from tscnc_kernels._known_calls import MOST, call_key
 
 ROWS, WIDTH, BATCH = 6, 10, 4
@@ -107,3 +107,52 @@ def test_a_call_that_is_traced_is_not_known(layer) -> None:
 
     torch.jit.trace(look, input, check_trace=False)
     assert keys[0] is not None and keys[1:] == [None]
+
+
+@pytest.fixture
+def convolution() -> tuple[torch.Tensor, torch.Tensor, SparsityPattern, torch.Tensor]:
+    """As `layer`, for a convolution of 4 channels."""
+    torch.manual_seed(0)
+    pattern = SparsityPattern.from_mask(torch.rand(5, 4, 3, 3) < 0.4)
+    found = torch.randn(2, 4, 6, 7), torch.randn(pattern.nnz), pattern, torch.randn(5)
+    masked_conv2d(*found)
+    return found
+
+
+def test_a_convolution_like_an_earlier_one_is_known(convolution) -> None:
+    images, values, pattern, bias = convolution
+    known = pattern.__dict__["_known_calls"]
+    masked_conv2d(images + 1, values, pattern, bias, [1, 1], (0, 0))
+    assert len(known) == 1
+    masked_conv2d(images, values, pattern, bias, padding=1)
+    masked_conv2d(images, values, pattern, bias, padding="same", dilation=2)
+    masked_conv2d(images[0], values, pattern, bias)
+    masked_conv2d(images.to(memory_format=torch.channels_last), values, pattern, bias)
+    masked_conv2d(images, values, pattern, bias, stride=2)
+    assert len(known) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"stride": 0}, ValueError),
+        ({"stride": 1.0}, TypeError),
+        ({"stride": True}, TypeError),
+        ({"padding": -1}, ValueError),
+        ({"padding": [0, 0, 0]}, ValueError),
+        ({"dilation": 4}, ValueError),
+        ({"groups": 2}, ValueError),
+        ({"activation": ["relu"]}, ValueError),
+        ({"algorithm": "direct"}, RuntimeError),
+        ({"dense_grad": True}, ValueError),
+    ],
+)
+def test_a_bad_convolution_after_a_good_one_raises(convolution, options, error) -> None:
+    for _ in range(2):
+        with pytest.raises(error):
+            masked_conv2d(*convolution, **options)
+    images, values, pattern, bias = convolution
+    for bad in (images[:, 1:], images[:, :, :2], images[None], images.int()):
+        with pytest.raises((ValueError, TypeError), match="expected"):
+            masked_conv2d(bad, values, pattern, bias)
+    assert len(pattern.__dict__["_known_calls"]) == 1

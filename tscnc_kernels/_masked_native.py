@@ -22,7 +22,12 @@ def native_product(
     feature_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
-    kept = pattern.blocked_rows if algorithm == "blocked" else pattern.columns
+    if algorithm == "blocked":
+        kept = pattern.blocked_rows
+    elif algorithm == "spmv" and weight.dim() == 1:
+        kept = pattern.narrow_columns
+    else:
+        kept = pattern.columns
     codes = activation, SPARSE[algorithm], save, feature_major
     return _native.masked_linear.default(  # type: ignore[no-any-return]
         input, weight, bias, pattern.row_pointers, kept, *codes

@@ -183,7 +183,21 @@ class SparsityPattern:
     @property
     def is_blocked(self) -> bool:
         """Whether blocked_rows, blocked_columns and blocked_permutation are built."""
-        return len(self._built) == 3
+        return {"rows", "columns", "permutation"} <= self._built.keys()
+
+    @property
+    def narrow_columns(self) -> Tensor:
+        """`columns` as uint16 for a CPU's products of one sample, built when first asked for; the
+        same as `columns` on other devices and where K > 65536.
+        """
+        if self.matrix_shape[1] > 1 << 16 or self.device.type != "cpu":
+            return self.columns
+        found = self._built.get("narrow")
+        if found is None:
+            found = self.columns.to(torch.uint16)
+            if not torch.compiler.is_compiling():
+                self._built["narrow"] = found
+        return found
 
     def _blocked(self, order: str) -> Tensor:
         found = self._built.get(order)

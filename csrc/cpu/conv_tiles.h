@@ -149,7 +149,11 @@ void fill(const Target<T>& target, int64_t images, int64_t height, int64_t width
   for (int64_t image = 0; image < images; ++image) {
     for (int64_t row = 0; row < rows; ++row) {
       T* to = target.data + image * target.image_stride + row * target.row_stride;
-      for (int64_t i = 0; i < count; i += kLanes<T>) {
+      int64_t i = 0;
+      if (target.pixel_stride == 1) {
+        for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, value);
+      }
+      for (; i < count; i += kLanes<T>) {
         const int64_t left = count - i < kLanes<T> ? count - i : kLanes<T>;
         put(to + i * target.pixel_stride, target.pixel_stride, value, left);
       }

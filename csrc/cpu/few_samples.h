@@ -34,8 +34,8 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // Entries that are fetched ahead: the hardware alone does not keep up with two streams from memory.
 constexpr int64_t kAhead = 512;
 
-template <class C>
-inline void fetch_ahead(const C* values, const int32_t* columns) {
+template <class C, class Index>
+inline void fetch_ahead(const C* values, const Index* columns) {
   __builtin_prefetch(values + kAhead);
   __builtin_prefetch(columns + kAhead);
 }
@@ -58,19 +58,27 @@ struct Columns {
   Columns operator+(int64_t offset) const { return {data + offset, mask}; }
 };
 
+// Columns of 16 bits, which stay inside of kNarrowWidth entries by themselves.
+struct NarrowColumns {
+  const uint16_t* data;
+
+  int64_t operator[](int64_t j) const { return data[j]; }
+  NarrowColumns operator+(int64_t offset) const { return {data + offset}; }
+};
+
 inline Columns columns_of(const SparseRows& structure) {
   return {structure.columns, static_cast<uint32_t>(padded_width(structure.width) - 1)};
 }
 
 // Loads of single elements beat the gather instruction on CPUs that split it into many more
 // operations than it has lanes.
-template <class C, int... kLane>
-inline Vec<C> gather(const C* source, Columns places, std::integer_sequence<int, kLane...>) {
+template <class C, class Places, int... kLane>
+inline Vec<C> gather(const C* source, Places places, std::integer_sequence<int, kLane...>) {
   return Vec<C>{source[places[kLane]]...};
 }
 
-template <class C>
-inline Vec<C> gather(const C* source, Columns places) {
+template <class C, class Places>
+inline Vec<C> gather(const C* source, Places places) {
   return gather<C>(source, places, std::make_integer_sequence<int, kLanes<C>>());
 }
 

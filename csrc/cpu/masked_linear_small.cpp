@@ -16,8 +16,8 @@ inline Vec<C> first_lanes(Vec<C> value, int64_t count) {
 }
 
 // A vector whose lanes sum up to the product of row `row` with x.
-template <class C>
-inline Vec<C> row_sums(const SparseRows& structure, Columns columns, const C* values, int64_t row,
+template <class C, class Places>
+inline Vec<C> row_sums(const SparseRows& structure, Places columns, const C* values, int64_t row,
                        const C* x) {
   constexpr int kW = kLanes<C>;
   const int64_t entries = structure.pointers[structure.rows], end = structure.pointers[row + 1];
@@ -120,12 +120,11 @@ int64_t small_batch_scratch(int64_t rows, int64_t width) {
 }
 
 template <class T>
-void spmv_product(const MaskedProduct<T>& call, int64_t begin, int64_t end, Working<T>* scratch) {
+void spmv_product(const MaskedProduct<T>& call, const uint16_t* narrow, int64_t begin, int64_t end,
+                  Working<T>* scratch) {
   using C = Compute<T>;
   constexpr int kW = kLanes<T>;
-  const Columns columns = columns_of(call.structure);
-  for (int64_t sample = 0; sample < call.input.count; ++sample) {
-    copy_features(call.input, sample, 0, call.structure.width, scratch);
+  const auto product = [&](auto columns, int64_t sample) {
     for (int64_t row = begin; row < end; row += kW) {
       const int64_t rows = smaller(kW, end - row);
       Vec<C> part[kW];
@@ -134,6 +133,14 @@ void spmv_product(const MaskedProduct<T>& call, int64_t begin, int64_t end, Work
             i < rows ? row_sums(call.structure, columns, call.values, row + i, scratch) : Vec<C>{};
       }
       finish(call, sum_each<C>(part), sample, row, rows);
+    }
+  };
+  for (int64_t sample = 0; sample < call.input.count; ++sample) {
+    copy_features(call.input, sample, 0, call.structure.width, scratch);
+    if (narrow != nullptr) {
+      product(NarrowColumns{narrow}, sample);
+    } else {
+      product(columns_of(call.structure), sample);
     }
   }
 }
@@ -152,9 +159,10 @@ void small_batch_product(const MaskedProduct<T>& call, int64_t begin, int64_t en
   });
 }
 
-#define TSCNC_INSTANTIATE(T)                                                             \
-  template int64_t small_batch_scratch<T>(int64_t, int64_t);                             \
-  template void spmv_product<T>(const MaskedProduct<T>&, int64_t, int64_t, Working<T>*); \
+#define TSCNC_INSTANTIATE(T)                                                                \
+  template int64_t small_batch_scratch<T>(int64_t, int64_t);                                \
+  template void spmv_product<T>(const MaskedProduct<T>&, const uint16_t*, int64_t, int64_t, \
+                                Working<T>*);                                               \
   template void small_batch_product<T>(const MaskedProduct<T>&, int64_t, int64_t, Working<T>*);
 TSCNC_INSTANTIATE(float)
 TSCNC_INSTANTIATE(double)

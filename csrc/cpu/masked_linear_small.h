@@ -16,11 +16,18 @@ struct MaskedInputGradient {
   Results<T> output;  // (count, width)
 };
 
-// Elements of Working<T> that one thread needs for any function below.
+// One more than the largest column of 16 bits.
+constexpr int64_t kNarrowWidth = 1 << 16;
+
+// Elements of Working<T> that one thread needs for any function below, and at least kNarrowWidth
+// for narrow columns.
 TSCNC_PER_ISA(template <class T> int64_t small_batch_scratch(int64_t rows, int64_t width);)
 
-// The rows [begin, end) of a product for every sample, one sample after the other.
-TSCNC_PER_ISA(template <class T> void spmv_product(const MaskedProduct<T>& call, int64_t begin,
+// The rows [begin, end) of a product for every sample, one sample after the other. Narrow columns,
+// unless null, take the place of the structure's: the time of one sample's product is that of
+// reading the weight from memory.
+TSCNC_PER_ISA(template <class T> void spmv_product(const MaskedProduct<T>& call,
+                                                   const uint16_t* narrow, int64_t begin,
                                                    int64_t end, Working<T>* scratch);)
 
 // The same for groups of up to 16 samples.

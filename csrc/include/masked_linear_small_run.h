@@ -10,15 +10,17 @@
 
 namespace tscnc {
 
-// Runs kernel(begin, end, scratch) on the ranges that split(part, parts) cuts.
+// Runs kernel(begin, end, scratch) on the ranges that split(part, parts) cuts, with scratch of at
+// least `least` elements.
 template <class T, class Split, class Kernel>
 void run_in_parts(const SparseRows& structure, int64_t samples, const Split& split,
-                  const Kernel& kernel) {
+                  const Kernel& kernel, int64_t least = 0) {
   constexpr int64_t kWorkOfThread = 1 << 17;
   const int64_t work = structure.pointers[structure.rows] * samples;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(work / kWorkOfThread, 1, threads);
-  const int64_t size = TSCNC_SELECT(small_batch_scratch<T>)(structure.rows, structure.width);
+  const int64_t size =
+      std::max(least, TSCNC_SELECT(small_batch_scratch<T>)(structure.rows, structure.width));
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     const int64_t begin = split(first, parts), end = split(last, parts);
     if (begin < end) kernel(begin, end, thread_scratch().reserve<Working<T>>(size));
@@ -31,13 +33,24 @@ inline int64_t part_begin(const SparseRows& structure, int64_t part, int64_t par
 }
 
 template <class T>
-void run_small_product(const MaskedProduct<T>& call, bool one_by_one) {
-  const auto kernel =
-      one_by_one ? TSCNC_SELECT(spmv_product<T>) : TSCNC_SELECT(small_batch_product<T>);
+void run_small_product(const MaskedProduct<T>& call) {
+  const auto kernel = TSCNC_SELECT(small_batch_product<T>);
   run_in_parts<T>(
       call.structure, call.input.count,
       [&](int64_t part, int64_t parts) { return part_begin(call.structure, part, parts); },
       [&](int64_t begin, int64_t end, Working<T>* scratch) { kernel(call, begin, end, scratch); });
+}
+
+template <class T>
+void run_spmv(const MaskedProduct<T>& call, const uint16_t* narrow) {
+  const auto kernel = TSCNC_SELECT(spmv_product<T>);
+  run_in_parts<T>(
+      call.structure, call.input.count,
+      [&](int64_t part, int64_t parts) { return part_begin(call.structure, part, parts); },
+      [&](int64_t begin, int64_t end, Working<T>* scratch) {
+        kernel(call, narrow, begin, end, scratch);
+      },
+      narrow == nullptr ? 0 : kNarrowWidth);
 }
 
 // `transposed` only cuts the columns into parts of equal work.

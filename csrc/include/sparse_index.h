@@ -23,7 +23,7 @@ inline const int32_t* index_data(const char* op, const torch::stable::Tensor& in
   return static_cast<const int32_t*>(index.const_data_ptr());
 }
 
-// The same, every one of them in [0, bound).
+// As index_data, every entry in [0, bound).
 inline const int32_t* bounded_index(const char* op, const torch::stable::Tensor& index,
                                     int64_t size, int64_t bound, const char* name) {
   const int32_t* entries = index_data(op, index, size, name);

@@ -279,3 +279,44 @@ def test_a_plan_knows_the_blocks_of_its_pattern():
     for kept, expected in ((blocks, True), (none, False)):
         plan = plan_for("masked_linear", kept, "native", Call(128, True))
         assert ("block" in plan.preview("forward").predicted) == expected
+
+
+@pytest.mark.parametrize("width", [1, 37, 4096, 65536])
+def test_columns_of_one_sample_take_16_bits_and_give_the_same_bits(width):
+    generator = torch.Generator().manual_seed(0)
+    kept = SparsityPattern.from_mask(torch.rand(29, width, generator=generator) < 0.3)
+    values, input = (torch.randn(n, generator=generator) for n in (kept.nnz, width))
+    assert kept.narrow_columns.dtype == torch.uint16
+    product = torch.ops.tscnc_kernels.masked_linear.default
+    code = 0, SPARSE["spmv"], False, False
+    narrow, wide = (
+        product(input[None], values, None, kept.row_pointers, columns, *code)[0]
+        for columns in (kept.narrow_columns, kept.columns)
+    )
+    assert torch.equal(narrow, wide)
+    assert torch.equal(narrow, masked_linear(input[None], values, kept, algorithm="spmv"))
+
+
+def test_columns_beyond_16_bits_stay_whole():
+    kept = SparsityPattern.from_mask(torch.arange(70000)[None] % 7 == 0)
+    assert kept.narrow_columns is kept.columns
+    values, input = torch.rand(kept.nnz), torch.rand(70000)
+    found = masked_linear(input, values, kept, algorithm="spmv")
+    torch.testing.assert_close(found, (input[::7] @ values)[None], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["panel", "small_batch"])
+def test_other_algorithms_refuse_narrow_columns(algorithm):
+    kept = SparsityPattern.from_mask(torch.ones(3, 5, dtype=torch.bool))
+    tensors = torch.zeros(1, 5), torch.zeros(15), None, kept.row_pointers, kept.narrow_columns
+    with pytest.raises(RuntimeError, match="columns to be 15 contiguous int32 entries"):
+        torch.ops.tscnc_kernels.masked_linear.default(*tensors, 0, SPARSE[algorithm], False, False)
+
+
+def test_a_narrow_column_outside_reads_nothing_outside():
+    kept = SparsityPattern.from_mask(torch.ones(3, 5, dtype=torch.bool))
+    columns = torch.full((15,), 65535, dtype=torch.int32).to(torch.uint16)
+    tensors = torch.ones(1, 5), torch.zeros(15), None, kept.row_pointers, columns
+    code = 0, SPARSE["spmv"], False, False
+    found, _ = torch.ops.tscnc_kernels.masked_linear.default(*tensors, *code)
+    assert found.shape == (1, 3)

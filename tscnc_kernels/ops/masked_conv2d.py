@@ -30,7 +30,7 @@ reductions are ordered, so that results do not depend on threads.
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,12 +41,13 @@ from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
 from tscnc_kernels._autocast import cast_operands
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
-from tscnc_kernels._conv_algorithms import ALGORITHMS, SPARSE, choose, conv_call
-from tscnc_kernels._conv_geometry import ConvGeometry, IntPair, conv_geometry, is_channels_last
+from tscnc_kernels._conv_algorithms import ALGORITHMS, choose, conv_call
+from tscnc_kernels._conv_geometry import ConvGeometry, IntPair, conv_geometry
+from tscnc_kernels._conv_native import conv_gradients, conv_product
+from tscnc_kernels._known_calls import call_key, known_call, remember_call
 from tscnc_kernels._masked_algorithms import Choice
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
 from tscnc_kernels._masked_weight import kept_values, masked, masked_weight
-from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels._wanted import wanted_gradients
 from tscnc_kernels.sparsity import SparsityPattern
 
@@ -167,64 +168,30 @@ def reference_backward(
     return grad_input, grad_weight, gradient.sum((0, 2, 3)) if needs[2] else None
 
 
-def _new_images(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(*shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-@torch.library.register_fake("tscnc_kernels::masked_conv2d")
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_pointers: Tensor,
-    columns: Tensor,
-    geometry: Sequence[int],
-    activation: int,
-    algorithm: int,
-    channels_last: bool,
-    save_preactivation: bool,
-) -> tuple[Tensor, Tensor]:
-    kernel, stride, dilation = [(geometry[i], geometry[i + 1]) for i in (0, 2, 8)]
-    top, bottom, left, right = geometry[4:8]
-    shape = ConvGeometry(kernel, stride, (top, bottom, left, right), dilation, geometry[10])
-    batch, rows = input.shape[0], row_pointers.shape[0] - 1
-    size = rows, *shape.output_size(*input.shape[2:])
-    saved = _new_images(input, (batch if save_preactivation else 0, *size), channels_last)
-    return _new_images(input, (batch, *size), channels_last), saved
-
-
-@torch.library.register_fake("tscnc_kernels::masked_conv2d_backward")
-def _(
-    grad_output: Tensor,
-    saved: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    row_pointers: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    channels_last, needs_input, needs_weight, needs_bias = rest[-4:]
-    grad_input = input.new_empty((0,))
-    if needs_input:
-        grad_input = _new_images(input, input.shape, channels_last)
-    return (
-        grad_input,
-        input.new_empty(weight.shape if needs_weight else (0,)),
-        input.new_empty((row_pointers.shape[0] - 1 if needs_bias else 0,)),
-    )
-
-
-_native = torch.ops.tscnc_kernels
-for _name in ("masked_conv2d", "masked_conv2d_backward"):
-    register_loop_vmap(_name, getattr(_native, _name))
-
-
 class _Options(NamedTuple):
     geometry: ConvGeometry
     activation: str
     dense_grad: bool
     assume_masked: bool
     algorithms: Choice
+
+
+def _options_of(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    geometry: ConvGeometry,
+    activation: str,
+    dense_grad: bool,
+    assume_masked: bool,
+    backend: str | None,
+    algorithm: str | None,
+) -> _Options:
+    chosen = _backend.select("masked_conv2d", input.device, backend)
+    images = input if input.dim() == 4 else input.unsqueeze(0)
+    call = conv_call(images, weight, geometry, assume_masked) if is_eager() else None
+    algorithms = choose(pattern, geometry, chosen, images.shape, call, algorithm)
+    return _Options(geometry, activation, dense_grad, assume_masked, algorithms)
 
 
 def _forward(
@@ -240,11 +207,8 @@ def _forward(
 
     def product(algorithm: str) -> tuple[Tensor, Tensor]:
         if algorithm != DENSE:
-            codes = ACTIVATIONS[options.activation], SPARSE[algorithm]
-            return _native.masked_conv2d(  # type: ignore[no-any-return]
-                *(input, weight, bias, pattern.row_pointers, pattern.columns),
-                *(options.geometry.numbers, *codes, is_channels_last(input), save),
-            )
+            how = options.geometry, options.activation, save
+            return conv_product(algorithm, input, weight, bias, pattern, *how)
         kernel = masked_weight(weight, pattern, held=options.assume_masked)
         z = options.geometry.convolve(input, kernel, bias)
         return activate(z, options.activation), z if save else z.new_empty((0, *z.shape[1:]))
@@ -265,11 +229,8 @@ def _backward(
     tensors, activation = (grad_output, saved, input, weight), options.activation
 
     def sparse(for_input: str, for_weight: str, wanted: Sequence[bool]) -> Sequence[Tensor]:
-        codes = ACTIVATIONS[activation], SPARSE.get(for_input, 0), SPARSE.get(for_weight, 0)
-        return _native.masked_conv2d_backward(  # type: ignore[no-any-return]
-            *(*tensors, *pattern.tensors[1:]),
-            *(options.geometry.numbers, *codes, is_channels_last(input), *wanted),
-        )
+        how = pattern, options.geometry, activation, wanted
+        return conv_gradients((for_input, for_weight), *tensors, *how)
 
     def dense(wanted: Sequence[bool]) -> Gradients:
         return reference_backward(
@@ -297,7 +258,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
         ctx.save_for_backward(saved, input, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_output, *_):  # type: ignore[no-untyped-def]
         if grad_output is None:
             return None, None, None, None, None
         saved, input, weight, bias = ctx.saved_tensors
@@ -311,15 +272,32 @@ class MaskedConv2dFunction(torch.autograd.Function):
                 *(options.activation, options.dense_grad, needs),
             )
         else:
+            # Without an activation nothing is saved, and nothing reads it.
+            saved = grad_output if saved is None else saved
             gradients = _backward(grad_output, saved, input, weight, pattern, options, needs)
         return *gradients, None, None
+
+
+class _EagerFunction(torch.autograd.Function):
+    """The same where `is_eager()`: Z need not be a result, which autograd would have to wrap."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, options, pattern):  # type: ignore[no-untyped-def]
+        output, preactivation = _forward(input, weight, bias, pattern, options, save=True)
+        saved = {"none": None, "relu": output, "gelu": preactivation}[options.activation]
+        ctx.options, ctx.pattern = options, pattern
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(saved, input, weight, bias)
+        return output
+
+    backward = MaskedConv2dFunction.backward
 
 
 # torch binds forward's arguments by its signature on every call; inspecting it anew takes 50 µs.
 MaskedConv2dFunction.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     MaskedConv2dFunction.forward
 )
-_apply_eagerly = eager_apply(MaskedConv2dFunction, tensors=3)
+_apply_eagerly = eager_apply(_EagerFunction, tensors=3)
 
 
 def masked_conv2d(
@@ -384,17 +362,21 @@ def masked_conv2d(
     Determinism: the sparse algorithms give the same bits every run and for any number of threads.
     """
     geometry = _geometry(pattern, stride, padding, dilation, groups)
-    input, weight, bias = cast_operands(pattern.device, input, weight, bias)
-    _check(input, weight, pattern, bias, geometry, activation, dense_grad, algorithm)
-    chosen = _backend.select("masked_conv2d", input.device, backend)
-    images = input if input.ndim == 4 else input.unsqueeze(0)
-    bias, eager = None if bias is None else bias.contiguous(), is_eager()
-    call = conv_call(images, weight, geometry, assume_masked) if eager else None
-    algorithms = choose(pattern, geometry, chosen, images.shape, call, algorithm)
-    options = _Options(geometry, activation, dense_grad, assume_masked, algorithms)
-    if wants_gradient(images, weight, bias):
-        apply = _apply_eagerly if eager else MaskedConv2dFunction.apply
-        output, _ = apply(images, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
-    else:
+    settings = geometry, activation, dense_grad, assume_masked, backend, algorithm
+    key = call_key(input, weight, bias, settings)
+    options = known_call(pattern, key)
+    if options is None:
+        input, weight, bias = cast_operands(pattern.device, input, weight, bias)
+        _check(input, weight, pattern, bias, geometry, activation, dense_grad, algorithm)
+        options = _options_of(input, weight, pattern, *settings)
+        remember_call(pattern, key, options)
+    images = input if input.dim() == 4 else input.unsqueeze(0)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if not wants_gradient(images, weight, bias):
         output, _ = _forward(images, weight, bias, pattern, options, save=False)
-    return output if input.ndim == 4 else output.squeeze(0)
+    elif is_eager():
+        output = _apply_eagerly(images, weight, bias, options, pattern)
+    else:
+        output, _ = MaskedConv2dFunction.apply(images, weight, bias, options, pattern)  # type: ignore[no-untyped-call]
+    return output if input.dim() == 4 else output.squeeze(0)
