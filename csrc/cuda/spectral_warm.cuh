@@ -6,8 +6,8 @@
 // measured to what else the space holds, less that one's own residual.
 #pragma once
 
-#include "spectral_ritz.cuh"
 #include "spectral_target.cuh"
+#include "spectral_warm_workspace.cuh"
 
 namespace tscnc::cuda {
 
@@ -21,62 +21,6 @@ constexpr double kWarmSpread = 900;
 constexpr double kExploration = 1e-3;
 // Below this side the space would not fit.
 constexpr int kLeastWarmSide = 16;
-
-// kWanted: 2 ends, or 1 for sigma_max alone. A block holds two vectors per end, the first of each
-// end first.
-template <int kWanted>
-struct WarmSizes {
-  static constexpr int kBlock = 2 * kWanted, kMostPasses = kRitzRoom / kBlock;
-
-  // Where factorisations are quick and follow, less is worth a try.
-  __host__ __device__ static int passes(const SpectralJob& job) {
-    return smaller_side(job) <= kSmallSide ? kMostPasses / 2 : kMostPasses;
-  }
-};
-
-// Parts of a matrix's workspace.
-template <int kWanted>
-struct WarmWorkspace {
-  static constexpr int kBlock = WarmSizes<kWanted>::kBlock;
-  double *basis, *images, *lines, *shares, *projected, *weights;
-
-  __host__ __device__ static int64_t size(const SpectralJob& job) {
-    const int64_t n = smaller_side(job), room = 2 * kRitzRoom + kBlock;
-    return (room + kBlock * chunk_count(job)) * n + kRitzRoom * larger_side(job) +
-           kRitzRoom * (kRitzRoom + kEnds);
-  }
-  __device__ void place(const SpectralJob& job, double* begin) {
-    const int64_t n = smaller_side(job);
-    basis = begin;
-    images = basis + (kRitzRoom + kBlock) * n;
-    shares = images + kRitzRoom * n;
-    lines = shares + kBlock * chunk_count(job) * n;
-    projected = lines + kRitzRoom * larger_side(job);
-    weights = projected + kRitzRoom * kRitzRoom;
-  }
-};
-
-// What one block has to do; phase -1 starts a matrix, the last one writes vectors.
-struct WarmTask {
-  int job, phase, chunk;
-  SpectralPlace place;
-};
-
-// All that a block keeps between its steps, whose arithmetic needs the registers.
-template <int kWanted>
-struct WarmShared {
-  static constexpr int kBlock = WarmSizes<kWanted>::kBlock;
-  double lines[kPassLines * kBlock], parts[kSpectralThreads * kBlock];
-  RitzShared ritz;
-  double along[kRitzRoom + kBlock][kBlock];  // products of the space with a block
-  double lower[kBlock][kBlock];              // a Cholesky factor
-  double value[kBlock], residual[kBlock];    // of the Ritz pairs
-  int place[kBlock];                         // and where their weights are
-  WarmTask task;
-  WarmWorkspace<kWanted> at;
-  ChunkPass pass;
-  int seen, is_last, failed;
-};
 
 // What the block that judges a pass has to say.
 enum class Verdict { goes_on, declined, settled };
