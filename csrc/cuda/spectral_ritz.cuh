@@ -73,17 +73,15 @@ __device__ __forceinline__ void turn_all(RitzShared& s, int size) {
   __syncthreads();
 }
 
-// The eigenvalues and vectors of the symmetric `operator_` of even size, which is spent. False,
-// with nothing found, where its trace is not finite.
+// The eigenvalues of the symmetric `operator_` of even size, which becomes diagonal, and its
+// vectors in the coordinates of `vectors`, which take their place. False, with nothing found, where
+// the trace is not finite.
 TSCNC_CALLED bool ritz_pairs(RitzShared& s, int size) {
   constexpr int kMostSweeps = 16;
   __syncthreads();
   double trace = 0;
   for (int i = 0; i < size; ++i) trace += s.operator_[i][i];
   if (!isfinite(trace)) return false;
-  for (int i = threadIdx.x; i < size * size; i += kSpectralThreads) {
-    s.vectors[i / size][i % size] = i / size == i % size ? 1 : 0;
-  }
   bool is_open = true;
   for (int sweep = 0; sweep < kMostSweeps && is_open; ++sweep) {
     is_open = false;

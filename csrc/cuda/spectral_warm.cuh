@@ -70,7 +70,10 @@ class WarmSolver {
       const bool hopeless = !in_range(largest) || !is_spread_small(size);
       const bool is_last = pass + 1 == WarmSizes<kWanted>::passes(job_);
       if (is_small() && (hopeless || is_last)) return Verdict::declined;
-      if (!is_last && orthonormalise(pass + 1)) return Verdict::goes_on;
+      if (!is_last && orthonormalise(pass + 1)) {
+        keep_vectors(size);
+        return Verdict::goes_on;
+      }
       if (is_small()) return Verdict::declined;
     }
     write(size, accepted);
@@ -111,12 +114,14 @@ class WarmSolver {
 
   // along := the products of `count` blocks of the basis from `first` on with another block.
   TSCNC_CALLED void multiply_blocks(int first, int count, const double* other) {
-    const int lane = threadIdx.x % kWarpSize;
+    constexpr int kProducts = kBlock * kBlock;
+    static_assert(kSpectralWarps * (kRitzRoom + kBlock) <= kSpectralThreads, "parts are too few");
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     __syncthreads();
-    for (int p = threadIdx.x / kWarpSize; p < count; p += kSpectralWarps) {
+    for (int p = 0; p < count; ++p) {
       const double* block = at_.basis + (first + p) * n_ * kBlock;
-      double sums[kBlock * kBlock] = {};
-      for (int64_t j = lane; j < n_; j += kWarpSize) {
+      double sums[kProducts] = {};
+      for (int64_t j = threadIdx.x; j < n_; j += kSpectralThreads) {
         double own[kBlock], others[kBlock];
         load_elements(block, j, own);
         load_elements(other, j, others);
@@ -127,30 +132,44 @@ class WarmSolver {
         }
       }
       const double sum = fold_sum(sums);
-      if (lane < kBlock * kBlock) s_.along[p * kBlock + lane / kBlock][lane % kBlock] = sum;
+      if (lane < kProducts) s_.parts[(warp * count + p) * kProducts + lane] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * kProducts; i += kSpectralThreads) {
+      double sum = 0;
+      for (int w = 0; w < kSpectralWarps; ++w) sum += s_.parts[w * count * kProducts + i];
+      s_.along[i / kBlock][i % kBlock] = sum;
     }
     __syncthreads();
   }
 
-  // The Cholesky factor of what the last block has beyond the others, by one thread. A column with
-  // too little of it is to be replaced.
-  __device__ void factor_rest(int p) {
-    s_.failed = 0;
-    for (int q = 0; q < kBlock; ++q) {
-      for (int t = 0; t <= q; ++t) {
-        const double whole = s_.along[p * kBlock + q][t];
-        double rest = whole;
-        for (int i = 0; i < p * kBlock; ++i) rest -= s_.along[i][q] * s_.along[i][t];
-        for (int i = 0; i < t; ++i) rest -= s_.lower[q][i] * s_.lower[t][i];
-        if (t < q) {
-          s_.lower[q][t] = rest / s_.lower[t][t];
-        } else {
-          const bool usable = rest > 1e-12 * whole && isfinite(rest);
+  // The Cholesky factor of what block p has beyond those before. A column with too little of it is
+  // to be replaced.
+  TSCNC_CALLED void factor_rest(int p) {
+    if (threadIdx.x < kBlock * kBlock) {
+      const int q = threadIdx.x / kBlock, t = threadIdx.x % kBlock;
+      double rest = s_.along[p * kBlock + q][t];
+      for (int i = 0; i < p * kBlock; ++i) rest -= s_.along[i][q] * s_.along[i][t];
+      s_.lower[q][t] = rest;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      s_.failed = 0;
+      for (int q = 0; q < kBlock; ++q) {
+        for (int t = 0; t <= q; ++t) {
+          double rest = s_.lower[q][t];
+          for (int i = 0; i < t; ++i) rest -= s_.lower[q][i] * s_.lower[t][i];
+          if (t < q) {
+            s_.lower[q][t] = rest / s_.lower[t][t];
+            continue;
+          }
+          const bool usable = rest > 1e-12 * s_.along[p * kBlock + q][q] && isfinite(rest);
           s_.lower[q][q] = usable ? sqrt(rest) : 1;
           s_.failed |= usable ? 0 : 1 << q;
         }
       }
     }
+    __syncthreads();
   }
 
   // Makes block p of the basis orthonormal, to the blocks before it too: twice what would be enough
@@ -160,8 +179,7 @@ class WarmSolver {
     int good = 0;
     for (int round = 0; round < 6 && good < 2; ++round) {
       multiply_blocks(0, p + 1, block);
-      if (threadIdx.x == 0) factor_rest(p);
-      __syncthreads();
+      factor_rest(p);
       const int failed = s_.failed;
       for (int64_t j = threadIdx.x; j < n_; j += kSpectralThreads) {
         double x[kBlock];
@@ -193,22 +211,36 @@ class WarmSolver {
     return at_.images[(i / kBlock * n_ + j) * kBlock + i % kBlock];
   }
 
-  // The operator in the space, with the rows and columns of the last block.
+  // The operator in the space. In the coordinates of the last Ritz vectors, where it was diagonal,
+  // the new block adds little more than rows and columns that its residuals have made small.
   TSCNC_CALLED void project(int pass) {
     const int before = pass * kBlock, size = before + kBlock;
+    RitzShared& ritz = s_.ritz;
     multiply_blocks(0, pass + 1, at_.images + before * n_);
-    double* known = at_.projected;
     for (int at = threadIdx.x; at < size * size; at += kSpectralThreads) {
       const int i = at / size, j = at % size;
-      double value;
-      if (i < before && j < before) {
-        value = known[i * kRitzRoom + j];
-      } else if (i >= before && j >= before) {
-        value = (s_.along[i][j - before] + s_.along[j][i - before]) / 2;
-      } else {
-        value = i < j ? s_.along[i][j - before] : s_.along[j][i - before];
+      const bool is_old = i < before && j < before, is_new = i >= before && j >= before;
+      ritz.vectors[i][j] = is_old ? at_.ritz_vectors[i * kRitzRoom + j] : i == j ? 1 : 0;
+      if (is_old) ritz.operator_[i][j] = i == j ? at_.ritz_values[i] : 0;
+      if (is_new) {
+        ritz.operator_[i][j] = (s_.along[i][j - before] + s_.along[j][i - before]) / 2;
       }
-      s_.ritz.operator_[i][j] = known[i * kRitzRoom + j] = value;
+    }
+    __syncthreads();
+    for (int at = threadIdx.x; at < before * kBlock; at += kSpectralThreads) {
+      const int j = at / kBlock, q = at % kBlock;
+      double sum = 0;
+      for (int i = 0; i < before; ++i) sum += ritz.vectors[i][j] * s_.along[i][q];
+      ritz.operator_[j][before + q] = ritz.operator_[before + q][j] = sum;
+    }
+  }
+
+  // Leaves the coordinates to the next pass.
+  __device__ void keep_vectors(int size) {
+    for (int at = threadIdx.x; at < size * size; at += kSpectralThreads) {
+      const int i = at / size, j = at % size;
+      at_.ritz_vectors[i * kRitzRoom + j] = s_.ritz.vectors[i][j];
+      if (i == j) at_.ritz_values[i] = s_.ritz.operator_[i][i];
     }
   }
 

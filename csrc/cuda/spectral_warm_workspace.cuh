@@ -22,12 +22,12 @@ struct WarmSizes {
 template <int kWanted>
 struct WarmWorkspace {
   static constexpr int kBlock = WarmSizes<kWanted>::kBlock;
-  double *basis, *images, *lines, *shares, *projected, *weights;
+  double *basis, *images, *lines, *shares, *ritz_vectors, *ritz_values, *weights;
 
   __host__ __device__ static int64_t size(const SpectralJob& job) {
     const int64_t n = smaller_side(job), room = 2 * kRitzRoom + kBlock;
     return (room + kBlock * chunk_count(job)) * n + kRitzRoom * larger_side(job) +
-           kRitzRoom * (kRitzRoom + kEnds);
+           kRitzRoom * (kRitzRoom + 1 + kEnds);
   }
   __device__ void place(const SpectralJob& job, double* begin) {
     const int64_t n = smaller_side(job);
@@ -35,8 +35,9 @@ struct WarmWorkspace {
     images = basis + (kRitzRoom + kBlock) * n;
     shares = images + kRitzRoom * n;
     lines = shares + kBlock * chunk_count(job) * n;
-    projected = lines + kRitzRoom * larger_side(job);
-    weights = projected + kRitzRoom * kRitzRoom;
+    ritz_vectors = lines + kRitzRoom * larger_side(job);
+    ritz_values = ritz_vectors + kRitzRoom * kRitzRoom;
+    weights = ritz_values + kRitzRoom;
   }
 };
 
