@@ -296,5 +296,9 @@ def test_a_gpu_has_cases_of_its_own(monkeypatch):
     bench_masked_linear.run(["--quick", "--device", "cuda"])
     assert measured[0] is bench_masked_linear.CASES
     shapes = {case.shape for case in measured[1]}
+    assert {case.shape for case in measured[1] if case.rotate} == {
+        shape for shape in shapes if shape.endswith("-cold")
+    }
     square, few = "4096x4096x4096", {"8x4096x11008", "1x4096x11008"}
+    few |= {f"{shape}-cold" for shape in few}
     assert shapes == {square, f"{square}-b64", f"{square}-b128"} | few
