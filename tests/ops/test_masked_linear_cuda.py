@@ -111,7 +111,8 @@ def test_few_samples_of_half_types_read_narrow_columns():
     kept, wide = pattern(8, 64), pattern(2, (1 << 15) + 1)
 
     def columns(algorithm="small_batch", dtype=torch.bfloat16, of=kept):
-        return columns_for(algorithm, SimpleNamespace(is_cuda=True, dtype=dtype), of)
+        input = SimpleNamespace(is_cuda=True, dtype=dtype)
+        return columns_for(algorithm, input, torch.empty(of.nnz, dtype=dtype), of)
 
     narrow = columns()
     assert narrow.dtype == torch.uint16 and torch.equal(narrow.int(), kept.columns)
@@ -119,7 +120,9 @@ def test_few_samples_of_half_types_read_narrow_columns():
     for other in (columns("panel"), columns(dtype=torch.float32)):
         assert other is kept.columns
     assert columns(of=wide) is wide.columns
-    assert columns_for("small_batch", torch.ones(2, 64).half(), kept) is kept.columns
+    values, input = torch.empty(kept.nnz), torch.ones(2, 64)
+    assert columns_for("small_batch", input, values, kept) is kept.columns
+    assert columns_for("spmv", input, torch.empty(8, 64), kept) is kept.columns
 
 
 class OnCuda:
