@@ -49,13 +49,14 @@ class _Lists(NamedTuple):
     structures: list[Tensor]
     state: Tensor | None
 
-    def one(self, index: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """What belongs to one matrix, None where there is none."""
-        lists = self.some([index])
-        mask, structure = (
-            column[0] if column and column[0].numel() else None for column in lists[1:3]
-        )
-        return lists.matrices[0], mask, structure, lists.state
+    def mask(self, index: int) -> Tensor | None:
+        """The mask of a matrix."""
+        return self.masks[index] if self.masks and self.masks[index].numel() else None
+
+    def structure(self, index: int) -> Tensor | None:
+        """What is known of a matrix's pattern."""
+        found = self.structures[index] if self.structures else None
+        return None if found is None or found.numel() == 0 else found
 
     def some(self, chosen: Sequence[int]) -> "_Lists":
         """What belongs to some of the matrices."""
@@ -71,16 +72,17 @@ class _Lists(NamedTuple):
 
 def _is_for_kernels(lists: _Lists, index: int, settings: Settings, passes: bool) -> bool:
     """Whether one of the kernels alone solves the matrix; passes: by passes if it is large."""
-    matrix, _, structure, state = lists.one(index)
+    matrix, structure = lists.matrices[index], lists.structure(index)
     if min(matrix.shape) <= SMALL_SIDE:
         return True
-    if state is None or settings.power or settings.certify:
+    if lists.state is None or settings.power or settings.certify:
         return False
     # Its squares may leave the range that passes have.
     if matrix.dtype == torch.float64:
         return False
-    is_whole = structure is None or host_rank(structure) == min(matrix.shape)
-    return settings.largest_only or (passes and is_whole)
+    if settings.largest_only or not passes:
+        return settings.largest_only
+    return structure is None or host_rank(structure) == min(matrix.shape)
 
 
 def _solve_some(lists: _Lists, chosen: Sequence[int], settings: Settings) -> dict[int, Raw]:
@@ -118,8 +120,9 @@ def extreme_singular_values(
     by_passes = [i for i in others if _is_for_kernels(lists, i, largest, passes)]
     tops = _solve_some(lists, by_passes, largest)
     for i in others:
-        w, mask, structure, start = lists.one(i)
-        raw = solve_large(_masked(w, mask), structure, start, tops.get(i), settings)
+        mask, start = lists.mask(i), lists.some([i]).state
+        w = _masked(matrices[i], mask)
+        raw = solve_large(w, lists.structure(i), start, tops.get(i), settings)
         if mask is not None and structural:
             # Rounding leaves traces at dead rows and columns.
             raw = (raw[0], raw[1] * mask.any(dim=1), raw[2] * mask.any(dim=0), *raw[3:])

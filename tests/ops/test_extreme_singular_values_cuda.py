@@ -140,6 +140,19 @@ def test_warm_starts_of_large_and_small_matrices(passes):
         assert not (result.flags & CAP_REACHED).any() and (raw[8] == 1).all()
 
 
+@pytest.mark.parametrize("passes", [False, True])
+def test_large_degenerate_matrices_from_a_state(passes):
+    spoiled, nothing, copied = gaussian(300, 140), torch.zeros(140, 300), gaussian(300, 140)
+    state = call([copied] * 3)[1].state
+    spoiled[3, 4] = math.nan
+    copied[:, 5] = copied[:, 9]
+    _, result = call([spoiled, nothing, copied], state=state, passes=passes)
+    assert result.sigma_max.isnan().tolist() == [True, False, False]
+    assert result.sigma_max[1] == 0 and result.sigma_min[1:].tolist() == [0, 0]
+    assert (result.flags & RANK_DEFICIENT).tolist() == [0, 1, 1]
+    assert result.state.isfinite().all()
+
+
 def test_a_large_matrix_is_factored_for_its_smallest_end_alone(monkeypatch):
     starts = []
 
