@@ -195,7 +195,10 @@ class NinjaBuild(build_ext):
         codes = [f"-gencode=arch=compute_{arch.split('_')[1]},code={arch}" for arch in archs]
         flags = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --threads 0"
         nvcc = shlex.quote(self.nvcc)
-        command = f"{nvcc} -MD -MF $out.d {flags} {' '.join(codes)} $flags -c $in -o $out"
+        # What the assembler says of registers and spills is kept for benchmarks/compile_report.py.
+        log = "> $out.ptxas 2>&1 || { cat $out.ptxas; exit 1; }; grep warning $out.ptxas || true"
+        flags += " -Xptxas -v"
+        command = f"{nvcc} -MD -MF $out.d {flags} {' '.join(codes)} $flags -c $in -o $out {log}"
         ninja.rule("nvcc", command, depfile="$out.d", deps="gcc", description="NVCC $out")
 
     def write_link_rule(

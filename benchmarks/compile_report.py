@@ -3,15 +3,18 @@
     python -m benchmarks.compile_report [--json FILE] [--arch 80 90]
 
 Triton kernels come from the `VARIANTS` of `tscnc_kernels/triton/*.py`, CUDA kernels from
-`csrc/cuda/*.cu` where nvcc is found. Exits with 1 if a kernel spills registers or does not compile.
+`csrc/cuda/*.cu` where nvcc is found, or from what `setup.py` made of them if nothing has changed
+since. Exits with 1 if a kernel spills registers or does not compile.
 Runs in a process of its own, because TRITON_INTERPRET=1, which the tests set, leaves no kernel to
 compile.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import io
 import json
 import os
 import pkgutil
@@ -87,6 +90,15 @@ def parse_ptxas(log: str) -> dict[tuple[str, int], Usage]:
     return usages
 
 
+# Opcodes of interest: of global, shared and local memory and of tensor cores.
+OPCODE = re.compile(r"\s((?:LD[GSL]|ST[GSL]|[DHI]?G?MMA|LDGSTS|UTMA)\S*)\s")
+
+
+def opcodes_in(listing: str) -> tuple[str, ...]:
+    """The distinct ones of a listing of one kernel."""
+    return tuple(sorted(set(OPCODE.findall(listing))))
+
+
 def parse_sass(listing: str) -> dict[tuple[str, int], tuple[str, ...]]:
     """Opcodes of interest by (mangled kernel name, architecture) from `cuobjdump -sass`."""
     opcodes: dict[tuple[str, int], set[str]] = {}
@@ -96,8 +108,8 @@ def parse_sass(listing: str) -> dict[tuple[str, int], tuple[str, ...]]:
             arch = int(match[1])
         elif match := re.search(r"Function : (\S+)", line):
             found = opcodes.setdefault((match[1], arch), set())
-        elif match := re.search(r"\s((?:LD[GSL]|ST[GSL]|[DHI]?G?MMA|LDGSTS|UTMA)\S*)\s", line):
-            found.add(match[1])
+        else:
+            found.update(OPCODE.findall(line))
     return {key: tuple(sorted(names)) for key, names in opcodes.items()}
 
 
@@ -140,8 +152,27 @@ def sass(path: Path) -> dict[tuple[str, int], tuple[str, ...]]:
     return parse_sass(run.stdout)
 
 
-def cuda_rows(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> list[Row]:
-    """Compiles one .cu file for all architectures."""
+def built(source: Path, archs: Sequence[int]) -> tuple[str, Path] | None:
+    """The assembler's log and the object of a build that is newer than every source."""
+    newest = max(
+        path.stat().st_mtime
+        for folder in ("cuda", "include")
+        for path in (ROOT / "csrc" / folder).iterdir()
+    )
+    for log in ROOT.glob(f"build/native-*/cuda_{source.name}.o.ptxas"):
+        text, binary = log.read_text(), log.with_suffix("")
+        has_all = {arch for _, arch in parse_ptxas(text)} >= set(archs)
+        if has_all and binary.exists() and min(map(_time_of, (log, binary))) > newest:
+            return text, binary
+    return None
+
+
+def _time_of(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def compile_cuda(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> tuple[str, Path]:
+    """The assembler's log of a .cu file for all architectures, and the binary."""
     fatbin = folder / f"{source.stem}.fatbin"
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     options = ["-std=c++17", "-O3", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
@@ -149,7 +180,14 @@ def cuda_rows(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> li
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
-    usages, opcodes = parse_ptxas(run.stderr), sass(fatbin)
+    return run.stderr, fatbin
+
+
+def cuda_rows(source: Path, nvcc: str, archs: Sequence[int], folder: Path) -> list[Row]:
+    """The kernels of one .cu file on all architectures."""
+    log, binary = built(source, archs) or compile_cuda(source, nvcc, archs, folder)
+    usages, opcodes = parse_ptxas(log), sass(binary)
+    usages = {key: usage for key, usage in usages.items() if key[1] in archs}
     kernels = demangle([name for name, _ in usages])
     return [
         make_row(source.name, kernel, arch, usage, opcodes.get((name, arch), ()))
@@ -167,33 +205,60 @@ def multiples_of_16(variant: Any, kinds: Mapping[str, Any]) -> Iterator[tuple[in
             yield (place,)
 
 
+def archs_for(variant: Any, archs: Sequence[int]) -> Sequence[int]:
+    """Architectures between which a Triton kernel differs: strict float32 takes no tensor core, so
+    that its instructions and its shared memory are the same on all, and the newest one says it.
+    """
+    return archs if is_distinct(variant.name) else [max(archs)]
+
+
+def is_distinct(name: str) -> bool:
+    """Whether a Triton kernel of this name differs between architectures."""
+    return "[fp32" not in name
+
+
+def assemble(kernel: Any, log: str, folder: Path) -> tuple[Usage, tuple[str, ...]]:
+    """Usage and opcodes of a compiled Triton kernel; `log` is empty if Triton had it already."""
+    cubin = folder / "kernel.cubin"
+    if not parse_ptxas(log):
+        ptx = folder / "kernel.ptx"
+        ptx.write_text(kernel.asm["ptx"])
+        target = re.search(r"^\.target (\S+?)(?:,|$)", kernel.asm["ptx"], re.MULTILINE)
+        assert target is not None
+        ptxas = find_tool("ptxas") or "ptxas"
+        command = [ptxas, "-v", f"--gpu-name={target[1]}", str(ptx), "-o", str(cubin)]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    cubin.write_bytes(kernel.asm["cubin"])
+    (usage,) = parse_ptxas(log).values()
+    usage.shared_bytes = max(usage.shared_bytes, kernel.metadata.shared)
+    tool = find_tool("nvdisasm")
+    if tool is None:
+        return usage, ()
+    # Faster than cuobjdump, which calls it.
+    listing = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    return usage, opcodes_in(listing.stdout)
+
+
 def triton_rows(module_name: str, archs: Sequence[int], folder: Path) -> Iterator[Row]:
     """Compiles the `VARIANTS` of one module of `tscnc_kernels.triton`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    ptxas = find_tool("ptxas") or "ptxas"
+    triton.knobs.nvidia.dump_ptxas_log = True
     module = importlib.import_module(f"tscnc_kernels.triton.{module_name}")
     for variant in module.VARIANTS:
         names = variant.kernel.arg_names
         kinds = {name: variant.arguments.get(name, "constexpr") for name in names}
         attributes = {path: [["tt.divisibility", 16]] for path in multiples_of_16(variant, kinds)}
-        for arch in archs:
-            kernel = triton.compile(
-                ASTSource(variant.kernel, kinds, dict(variant.constants), attributes),
-                target=GPUTarget("cuda", arch, 32),
-                options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-            )
-            ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
-            ptx.write_text(kernel.asm["ptx"])
-            target = re.search(r"^\.target (\S+?)(?:,|$)", kernel.asm["ptx"], re.MULTILINE)
-            assert target is not None
-            command = [ptxas, "-v", f"--gpu-name={target[1]}", str(ptx), "-o", str(cubin)]
-            run = subprocess.run(command, capture_output=True, text=True, check=True)
-            (usage,) = parse_ptxas(run.stderr).values()
-            usage.shared_bytes = max(usage.shared_bytes, kernel.metadata.shared)
-            (opcodes,) = sass(cubin).values() or ((),)
+        for arch in archs_for(variant, archs):
+            with contextlib.redirect_stdout(io.StringIO()) as log:
+                kernel = triton.compile(
+                    ASTSource(variant.kernel, kinds, dict(variant.constants), attributes),
+                    target=GPUTarget("cuda", arch, 32),
+                    options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+                )
+            usage, opcodes = assemble(kernel, log.getvalue(), folder)
             yield make_row(f"triton/{module_name}.py", variant.name, arch, usage, opcodes)
 
 

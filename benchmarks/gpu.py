@@ -25,6 +25,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import gpu_targets
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc", "tscnc_kernels", "tests", "benchmarks")
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
@@ -148,6 +150,13 @@ class Results:
                 table.append((step.name, outcome.status, seconds, outcome.last_line))
         return table
 
+    def targets(self) -> list[str]:
+        """The table of what was reached; a file that cannot be read leaves its reason."""
+        try:
+            return gpu_targets.table(self.folder)
+        except ValueError as error:
+            return [str(error)]
+
     def write(self) -> None:
         """Writes state.json and summary.md."""
         state = {name: dataclasses.asdict(outcome) for name, outcome in self.outcomes.items()}
@@ -164,6 +173,8 @@ class Results:
         for name, status, seconds, last_line in rows:
             shown = status if status == "passed" else f"**{status}**"
             lines.append(f"| {name} | {shown} | {seconds} | {last_line.replace('|', '/')} |")
+        if "GPU" in self.machine:
+            lines += ["", "## reached/target", "", *self.targets()]
         for path in sorted(self.folder.glob("*.csv")):
             lines += ["", f"## {path.name}", "", *markdown_table(path)]
         for step in self.steps:

@@ -372,6 +372,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
       "bool feature_major=False) -> "
       "(Tensor output, Tensor preactivation)");
   m.def(
+      "masked_linear_bitmap(Tensor input, Tensor values, Tensor? bias, Tensor bits, Tensor starts, "
+      "int activation, bool save_preactivation, bool feature_major) -> "
+      "(Tensor output, Tensor preactivation)");
+  m.def(
       "masked_linear_backward(Tensor grad_output, Tensor saved, Tensor input, Tensor weight, "
       "Tensor row_pointers, Tensor columns, Tensor column_pointers, Tensor column_rows, "
       "Tensor permutation, int activation, int input_algorithm, int weight_algorithm, "

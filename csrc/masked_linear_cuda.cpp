@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -92,6 +93,27 @@ void run_product(const cuda::ProductCall& call, bool small, const Tensor& like) 
   check_cuda(cuda::launch_panel_product(call, workspace.mutable_data_ptr(), stream), kOp);
 }
 
+// Of columns that are 16 bits wide.
+cuda::KeptEntries narrow_entries(const Tensor& pointers, const Tensor& columns,
+                                 const Tensor& input) {
+  const int64_t rows = pointers.numel() - 1;
+  check_on_device(kOp, columns, input, "columns");
+  STD_TORCH_CHECK(
+      rows >= 1 && columns.is_contiguous() && input.size(1) <= 1 << 16 && input.element_size() == 2,
+      kOp, ": 16-bit columns are for up to 65536 features of a half type");
+  return {index_on_device(kOp, pointers, input, rows + 1, "row_pointers"), nullptr, rows,
+          input.size(1), columns.numel()};
+}
+
+const void* checked_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& like) {
+  if (!bias.has_value()) return nullptr;
+  check_on_device(kOp, *bias, like, "bias");
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->is_contiguous() && bias->numel() == rows &&
+                      bias->scalar_type() == like.scalar_type(),
+                  kOp, ": expected bias to be ", rows, " contiguous entries");
+  return bias->const_data_ptr();
+}
+
 std::tuple<Tensor, Tensor> masked_linear_cuda(Tensor input, Tensor weight,
                                               std::optional<Tensor> bias, Tensor row_pointers,
                                               Tensor columns, int64_t activation, int64_t algorithm,
@@ -101,28 +123,74 @@ std::tuple<Tensor, Tensor> masked_linear_cuda(Tensor input, Tensor weight,
                   " dimensions");
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const DType dtype = cuda_dtype(kOp, input);
-  const cuda::KeptEntries entries =
-      kept_on_device(kOp, row_pointers, columns, input.size(1), input, "row_pointers", "columns");
-  if (bias.has_value()) {
-    check_on_device(kOp, *bias, input, "bias");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->is_contiguous() && bias->numel() == entries.rows &&
-                        bias->scalar_type() == input.scalar_type(),
-                    kOp, ": expected bias to be ", entries.rows, " contiguous entries");
-  }
+  const bool narrow = columns.scalar_type() == ScalarType::UInt16;
+  const cuda::KeptEntries entries = narrow
+                                        ? narrow_entries(row_pointers, columns, input)
+                                        : kept_on_device(kOp, row_pointers, columns, input.size(1),
+                                                         input, "row_pointers", "columns");
   const Tensor held = contiguous_values(weight);
   const int64_t count = input.size(0);
   Tensor output = torch::stable::new_empty(input, {count, entries.rows});
   Tensor preactivation =
       torch::stable::new_empty(input, {save_preactivation ? count : 0, entries.rows});
-  const cuda::ProductCall call = {entries,
-                                  kept_values(held, entries, input),
-                                  sample_matrix(input),
-                                  bias.has_value() ? bias->const_data_ptr() : nullptr,
-                                  activation_of(activation),
-                                  output.mutable_data_ptr(),
-                                  save_preactivation ? preactivation.mutable_data_ptr() : nullptr,
-                                  dtype};
+  const cuda::ProductCall call = {
+      entries,
+      kept_values(held, entries, input),
+      sample_matrix(input),
+      checked_bias(bias, entries.rows, input),
+      activation_of(activation),
+      output.mutable_data_ptr(),
+      save_preactivation ? preactivation.mutable_data_ptr() : nullptr,
+      dtype,
+      narrow ? static_cast<const uint16_t*>(columns.const_data_ptr()) : nullptr};
+  STD_TORCH_CHECK(!narrow || (small && cuda::small_product_fits(call)), kOp,
+                  ": 16-bit columns are for few samples that fit into shared memory");
   run_product(call, small, input);
+  return {in_layout(output, feature_major), in_layout(preactivation, feature_major)};
+}
+
+std::tuple<Tensor, Tensor> masked_linear_bitmap_cuda(Tensor input, Tensor values,
+                                                     std::optional<Tensor> bias, Tensor bits,
+                                                     Tensor starts, int64_t activation,
+                                                     bool save_preactivation, bool feature_major) {
+  STD_TORCH_CHECK(input.dim() == 2 && starts.dim() == 2, kOp,
+                  ": expected input and starts to be matrices, got ", input.dim(), " and ",
+                  starts.dim(), " dimensions");
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const DType dtype = cuda_dtype(kOp, input);
+  const int64_t count = input.size(0), width = input.size(1), rows = starts.size(0);
+  const int64_t chunk = cuda::bitmap_chunk(dtype);
+  STD_TORCH_CHECK(chunk > 0, kOp, ": algorithm bitmap has no float64 kernel");
+  index_on_device(kOp, starts, input, rows * ((width + chunk - 1) / chunk), "starts");
+  check_on_device(kOp, values, input, "weight");
+  check_on_device(kOp, bits, input, "bits");
+  STD_TORCH_CHECK(
+      values.dim() == 1 && values.is_contiguous() && values.scalar_type() == input.scalar_type(),
+      kOp, ": expected contiguous values of the input's dtype");
+  STD_TORCH_CHECK(bits.is_contiguous() && bits.scalar_type() == ScalarType::Byte &&
+                      bits.numel() == (rows * width + 7) / 8,
+                  kOp, ": expected ", (rows * width + 7) / 8, " bytes of bits, got ", bits.numel());
+  if (reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 != 0) {
+    values = torch::stable::clone(values);
+  }
+  Tensor output = torch::stable::new_empty(input, {count, rows});
+  Tensor preactivation = torch::stable::new_empty(input, {save_preactivation ? count : 0, rows});
+  const cuda::BitmapCall call = {static_cast<const uint8_t*>(bits.const_data_ptr()),
+                                 static_cast<const int32_t*>(starts.const_data_ptr()),
+                                 values.const_data_ptr(),
+                                 rows,
+                                 width,
+                                 values.numel(),
+                                 sample_matrix(input),
+                                 checked_bias(bias, rows, input),
+                                 activation_of(activation),
+                                 output.mutable_data_ptr(),
+                                 save_preactivation ? preactivation.mutable_data_ptr() : nullptr,
+                                 dtype};
+  STD_TORCH_CHECK(cuda::bitmap_product_fits(call), kOp,
+                  ": algorithm bitmap needs a width of whole words of the mask, got ", width,
+                  ", and bits aligned to 16 bytes");
+  check_cuda(cuda::launch_bitmap_product(call, current_cuda_stream(input.get_device_index())), kOp);
   return {in_layout(output, feature_major), in_layout(preactivation, feature_major)};
 }
 
@@ -206,6 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CUDA, m) {
   m.impl("masked_linear", TORCH_BOX(&tscnc::masked_linear_cuda));
+  m.impl("masked_linear_bitmap", TORCH_BOX(&tscnc::masked_linear_bitmap_cuda));
   m.impl("masked_linear_backward", TORCH_BOX(&tscnc::masked_linear_backward_cuda));
 }
 #endif

@@ -101,6 +101,23 @@ def check_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -
         assert error <= tolerance, f"{what}: relative RMS error {error:.2e} > {tolerance:.0e}"
 
 
+def check_capture(step: Callable[[], list[Tensor]]) -> None:
+    """On a GPU: the step never waits for it, and replays from a graph with the same bits."""
+    step()  # compiles and fills caches, which a capture could not
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for found, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 class OpSuite:
     """Inherit, set `spec`, and pytest runs the contract."""
 
@@ -284,24 +301,17 @@ class OpSuite:
     def test_cuda_calls_never_wait_for_the_gpu_and_can_be_captured(self, backend):
         if backend not in tscnc_kernels.available_backends(self.spec.name, "cuda"):
             pytest.skip(f"{self.spec.name} has no {backend} backend on cuda")
-        args, kwargs = self.sample(self.smooth_samples()[0], device="cuda", grad=False)
+        args, kwargs = self.sample(self.smooth_samples()[0], device="cuda")
+        inputs = _inputs(args)
 
-        def call() -> list[Tensor]:
-            return _outputs(self.spec.public(*args, **kwargs, backend=backend))
+        def step() -> list[Tensor]:
+            outputs = _outputs(self.spec.public(*args, **kwargs, backend=backend))
+            used = [output for output in outputs if output.requires_grad]
+            ones = [torch.ones_like(output) for output in used]
+            gradients = torch.autograd.grad(used, inputs, ones, allow_unused=True)
+            return [*outputs, *(gradient for gradient in gradients if gradient is not None)]
 
-        call()  # compiles and fills caches, which a capture could not
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            expected = call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        graph.replay()
-        for a, e in zip(captured, expected, strict=True):
-            assert torch.equal(a, e)
+        check_capture(step)
 
     def test_backend_errors(self):
         args, kwargs = self.sample(next(iter(self.spec.samples)))

@@ -30,11 +30,11 @@ INSTRUCTIONS = [
     ("masked_linear.cu", r"panel_product_kernel<.*", ["LDG.E.128", "LDS.128", "STS.128"]),
     ("masked_linear_weight_gradient.cu", r"weight_gradient_kernel<.*", ["LDS.128", "STS.128"]),
     ("masked_linear_small.cu", r"small_product_kernel<float, .*", ["LDG.E.128"]),
-    (
-        "masked_linear_small.cu",
-        r"small_product_kernel<__nv_bfloat16, .*",
-        ["LDG.E.128", "LDG.E.64"],
-    ),
+    ("masked_linear_small.cu", r"small_product_kernel<__nv_bfloat16, .*", ["LDG.E.128"]),
+    ("masked_linear_small.cu", r"small_product_kernel<__half, unsigned short, .*", ["LDG.E.128"]),
+    ("masked_linear_bitmap.cu", r"bitmap_.*", ["LDGSTS.E.BYPASS.128"]),
+    ("masked_linear_bitmap.cu", r"bitmap_product_kernel<float, .*", ["LDS.128"]),
+    ("masked_linear_bitmap.cu", r"bitmap_product_kernel<__.*", ["HMMA.16816.F32", "LDG.E.64"]),
     ("hard_concrete.cu", r"map_kernel<.*", ["LDG.E.128", "STG.E.128"]),
     ("batch_norm_relu.cu", r"apply_kernel<.*", ["LDG.E.128", "STG.E.128"]),
     ("masked_conv2d.cu", r"gather_product_kernel<(float|__.*)>", ["LDG.E.128"]),
@@ -44,6 +44,8 @@ INSTRUCTIONS = [
     ("triton/block_sparse.py", r".*", ["LDGSTS"]),
     ("triton/block_sparse.py", r".*(SAMPLES|SIDE)=(64|128).*", ["LDGSTS.E.BYPASS.128"]),
     ("triton/gram_iteration.py", r".*", ["LDGSTS.E.BYPASS.128", "DMMA"]),
+    ("triton/gated_transformed_l1.py", r".*IS_ALIGNED.*", ["LDG.E.128"]),
+    ("triton/gated_transformed_l1.py", r".*gradient.*IS_ALIGNED.*", ["STG.E.128"]),
     ("triton/transformed_l1.py", r"transformed_l1_kernel\[.*", ["LDG.E.128"]),
     ("triton/transformed_l1.py", r".*WITH_GRADIENT.*", ["STG.E.128"]),
 ]
@@ -89,14 +91,19 @@ def test_no_kernel_spills_registers(report: dict[str, Any]) -> None:
     assert [row for row in report["rows"] if row["spill_bytes"]] == []
 
 
+def is_distinct(row: dict[str, Any]) -> bool:
+    """Whether a kernel is compiled for every architecture, see `compile_report.archs_for`."""
+    return not row["source"].startswith("triton") or compile_report.is_distinct(row["kernel"])
+
+
 @pytest.mark.parametrize("source", [f"triton/{name}.py" for name in TRITON_FILES] + CUDA_FILES)
 def test_every_source_is_compiled_for_every_architecture(
     report: dict[str, Any], source: str
 ) -> None:
     rows = rows_of(report, source)
-    kernels = {row["kernel"] for row in rows}
+    every, newest = compile_report.ARCHITECTURES, compile_report.ARCHITECTURES[-1:]
     assert {(row["kernel"], row["arch"]) for row in rows} == {
-        (kernel, arch) for kernel in kernels for arch in compile_report.ARCHITECTURES
+        (row["kernel"], arch) for row in rows for arch in (every if is_distinct(row) else newest)
     }
     assert all(0 < row["registers"] <= 255 for row in rows)
 
@@ -132,7 +139,9 @@ def test_half_precision_products_use_the_tensor_cores_of_their_architecture(
 def test_kernels_fit_into_the_shared_memory_of_their_architecture(report: dict[str, Any]) -> None:
     # KiB that a block may use on an A100 and an H100.
     limits = {80: 163, 90: 227}
-    assert [row for row in report["rows"] if row["shared_bytes"] > 1024 * limits[row["arch"]]] == []
+    for row in report["rows"]:
+        limit = limits[row["arch"]] if is_distinct(row) else min(limits.values())
+        assert row["shared_bytes"] <= 1024 * limit, row
 
 
 def test_spills_in_the_assembler_log_are_counted() -> None:

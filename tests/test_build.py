@@ -60,8 +60,9 @@ def test_build_info_names_instruction_sets_and_cuda():
         *("transformed_l1", "transformed_l1_backward", "masked_linear", "masked_linear_backward"),
         *("hard_concrete", "hard_concrete_backward", "masked_sgd_step", "masked_adamw_step"),
         *("sparsity_pack", "sparsity_build", "masked_conv2d", "masked_conv2d_backward"),
-        *("batch_norm_relu", "batch_norm_relu_backward"),
+        *("batch_norm_relu", "batch_norm_relu_backward", "masked_linear_bitmap"),
         *("extreme_singular_values", "extreme_singular_values_backward"),
+        *("extreme_singular_values_small", "extreme_singular_values_warm"),
     ],
 )
 def test_cuda_kernels_are_registered_exactly_if_they_were_compiled(op):

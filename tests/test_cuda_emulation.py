@@ -68,6 +68,22 @@ def test_missing_barrier_before_a_read_is_caught(library: EmulatedLibrary) -> No
         library.run_in_every_order(rotate(library, 0))
 
 
+@pytest.mark.parametrize("waits_for_all", [0, 1])
+def test_asynchronous_copies_arrive_when_they_are_waited_for(
+    library: EmulatedLibrary, waits_for_all: int
+) -> None:
+    source = torch.arange(64.0)
+    found = torch.empty(64)
+    run(library, "copy", source, found, waits_for_all)
+    assert torch.equal(found[:32], source[:32])
+    assert torch.equal(found[32:], source[32:]) == bool(waits_for_all)
+
+
+def test_misaligned_asynchronous_copy_raises(library: EmulatedLibrary) -> None:
+    with pytest.raises(EmulationError, match="misaligned asynchronous copy"):
+        run(library, "misaligned_copy", torch.zeros(16))
+
+
 def test_missing_barrier_before_reuse_is_caught(library: EmulatedLibrary) -> None:
     with pytest.raises(AssertionError, match="a race"):
         in_every_order(library, "reuse", torch.empty(64), torch.arange(64.0))

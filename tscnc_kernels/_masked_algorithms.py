@@ -11,6 +11,7 @@ from tscnc_kernels import _autotune, _backend, _masked_cuda
 from tscnc_kernels._autotune import DENSE, Compute, Plan
 from tscnc_kernels._block_index import SMALLEST_EDGE, edge_of
 from tscnc_kernels._build import C
+from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED, why_not
 from tscnc_kernels.sparsity import SparsityPattern
 
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
@@ -221,6 +222,7 @@ def choose(
     if call is not None:
         return plan_for(op, pattern, backend, call, forced)
     check_forced(op, pattern, backend, forced)
+    forced = DENSE if forced == SEMI_STRUCTURED else forced
     if forced is not None or backend != "native":
         return Algorithms(*[forced or DENSE] * 3)
     # A graph would build the index of "blocked" anew on every call.
@@ -239,7 +241,8 @@ def _ranges(op: str, without: str, device_type: str) -> list[list[tuple[float, s
         for step in range(1, 201):
             nnz = round(step / 200 * math.prod(shape))
             times = _on(device_type, predict)(op, shape, nnz, usual_call(shape), direction)
-            times.pop(without, None)
+            for name in (without, _masked_cuda.EPILOGUE):  # a graph launches no Triton kernel
+                times.pop(name, None)
             name = _autotune.fastest(times)
             if ranges and ranges[-1][1] == name:
                 ranges.pop()
@@ -261,7 +264,13 @@ def _below(density: float, ranges: Sequence[tuple[float, str]]) -> str:
 
 def check_forced(op: str, pattern: SparsityPattern, backend: str, forced: str | None) -> None:
     """Raises RuntimeError if a sparse algorithm is asked for on a backend without it."""
-    if forced not in FAMILIES[op].sparse:
+    if forced == SEMI_STRUCTURED:
+        reason = why_not(pattern, backend)
+        if reason is not None:
+            raise RuntimeError(f"{op}: algorithm {forced!r} cannot run here: {reason}")
+        return
+    portable, runnable = FAMILIES[op].sparse, _masked_cuda.sparse_of(op)
+    if forced not in {*portable, *runnable}:
         return
     on_cuda = pattern.device.type == "cuda"
     if forced == BLOCK and (backend == "triton" or (backend == "native" and on_cuda)):
@@ -272,7 +281,8 @@ def check_forced(op: str, pattern: SparsityPattern, backend: str, forced: str | 
             f"{op}: algorithm {forced!r} needs the native backend, got {backend!r} "
             f"on {pattern.device}"
         )
-    runnable = _masked_cuda.sparse_of(op)
+    if not on_cuda and forced not in portable:
+        raise RuntimeError(f"{op}: algorithm {forced!r} needs a GPU, got {pattern.device}")
     if on_cuda and forced not in runnable:
         known = ", ".join([*runnable, *([BLOCK] if op == "masked_linear" else [])])
         raise RuntimeError(f"{op}: expected algorithm {known} or dense on CUDA, got {forced!r}")
@@ -374,4 +384,7 @@ def _new_plan(
     if device.type == "cuda" and edge_of(blocks) is not None:
         parts.append(f"k{edge_of(blocks)}")
     model = _on(device.type, model)
+    if forced == SEMI_STRUCTURED:  # a candidate, not an order: dense runs unless it is slower
+        forced, model = None, _masked_cuda.predict_race
+        parts.append(SEMI_STRUCTURED)
     return Plan(call, "/".join(parts), lambda direction: model(*case, direction, blocks), forced)

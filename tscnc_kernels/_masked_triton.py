@@ -1,7 +1,8 @@
 """Masked products by Triton kernels: those of its own backend, and blocks on CUDA.
 
-On CUDA the native backend's algorithm "block" is Triton's as well: tensor-core tiles are written
-there. `Sequence[Tensor | None]` are the gradients of input, weight and bias.
+On CUDA the native backend's algorithms "block" and "epilogue" (the dense gradient of a weight,
+masked or gathered as it is stored) are Triton's as well: tensor-core tiles are written there.
+`Sequence[Tensor | None]` are the gradients of input, weight and bias.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from tscnc_kernels._activation import ACTIVATIONS, activation_gradient
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._feature_major import in_layout, is_feature_major
 from tscnc_kernels._masked_algorithms import BLOCK
+from tscnc_kernels._masked_cuda import EPILOGUE
 from tscnc_kernels._masked_native import native_gradients
 from tscnc_kernels._masked_weight import masked_weight
 from tscnc_kernels.sparsity import SparsityPattern
@@ -19,7 +21,8 @@ from tscnc_kernels.sparsity import SparsityPattern
 
 def runs_in_triton(backend: str, algorithm: str, input: Tensor) -> bool:
     """Whether the algorithm of a backend is a Triton kernel."""
-    return backend == "triton" or (algorithm == BLOCK and backend == "native" and input.is_cuda)
+    is_ours = algorithm in (BLOCK, EPILOGUE)
+    return backend == "triton" or (is_ours and backend == "native" and input.is_cuda)
 
 
 def triton_product(
@@ -64,7 +67,8 @@ def triton_gradients(
     )
 
 
-def _block_gradients(
+def _own_gradients(
+    for_weight: str,
     grad_output: Tensor,
     saved: Tensor,
     input: Tensor,
@@ -73,7 +77,7 @@ def _block_gradients(
     activation: str,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    from tscnc_kernels.triton import block_sparse
+    from tscnc_kernels.triton import block_sparse, masked_linear
 
     gradient = activation_gradient(grad_output, saved, activation)
     found: list[Tensor | None] = [None, None, gradient.sum(0) if needs[2] else None]
@@ -83,7 +87,8 @@ def _block_gradients(
             gradient, weight, pattern, transposed=True, feature_major=features
         )
     if needs[1]:
-        found[1] = block_sparse.weight_gradient(gradient, input, pattern, values=weight.ndim == 1)
+        kernels = masked_linear if for_weight == EPILOGUE else block_sparse
+        found[1] = kernels.weight_gradient(gradient, input, pattern, values=weight.ndim == 1)
     return found
 
 
@@ -109,7 +114,7 @@ def sparse_gradients(
     if True not in ours:
         code = ACTIVATIONS[activation]
         return native_gradients(*algorithms, *tensors, pattern, code, needs)
-    found = _block_gradients(*tensors, pattern, activation, ours)
+    found = _own_gradients(algorithms[1], *tensors, pattern, activation, ours)
     if True not in others:
         return found
     rest = native_gradients(*algorithms, *tensors, pattern, ACTIVATIONS[activation], others)

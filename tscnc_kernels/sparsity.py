@@ -187,16 +187,19 @@ class SparsityPattern:
 
     @property
     def narrow_columns(self) -> Tensor:
-        """`columns` as uint16 for a CPU's products of one sample, built when first asked for; the
-        same as `columns` on other devices and where K > 65536.
+        """`columns` as uint16, made when first asked for; as they are where K > 65536, and while a
+        CUDA graph is captured, whose memory does not outlive it.
         """
-        if self.matrix_shape[1] > 1 << 16 or self.device.type != "cpu":
-            return self.columns
         found = self._built.get("narrow")
-        if found is None:
-            found = self.columns.to(torch.uint16)
-            if not torch.compiler.is_compiling():
-                self._built["narrow"] = found
+        if found is not None:
+            return found
+        if self.matrix_shape[1] > 1 << 16:
+            return self.columns
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self.columns
+        found = self.columns.to(torch.uint16)
+        if not torch.compiler.is_compiling():
+            self._built["narrow"] = found
         return found
 
     def _blocked(self, order: str) -> Tensor:

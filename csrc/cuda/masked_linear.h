@@ -52,6 +52,8 @@ struct ProductCall {
   void* output;         // (count, rows), contiguous
   void* preactivation;  // the same without the activation, or null
   DType dtype;
+  // For few samples of a half type: read in place of entries.columns where it is not null.
+  const uint16_t* narrow_columns = nullptr;
 };
 
 // Bytes of device memory that `launch_panel_product` needs; 0 if the device cannot be asked.
@@ -65,6 +67,32 @@ bool small_product_fits(const ProductCall& call);
 
 // For up to 16 samples at a time, bound by reading the kept entries.
 cudaError_t launch_small_product(const ProductCall& call, cudaStream_t stream);
+
+// `ProductCall` of a weight that comes as its kept values in row-major order, with the mask as bits
+// in place of columns.
+struct BitmapCall {
+  const uint8_t* bits;    // entry i of the mask, row by row, is bit i % 8 of byte i / 8
+  const int32_t* starts;  // (rows, chunks), kept entries before each row's chunk of columns
+  const void* values;
+  int64_t rows, width, kept;
+  SampleMatrix input;
+  const void* bias;
+  Activation activation;
+  void* output;
+  void* preactivation;
+  DType dtype;
+};
+
+// Columns of a chunk; 0 if there is no kernel for the type.
+int64_t bitmap_chunk(DType dtype);
+
+// Whether `launch_bitmap_product` takes the call: not float64, a width of whole words of the mask,
+// and values and bits that are aligned to 16 bytes.
+bool bitmap_product_fits(const BitmapCall& call);
+
+// For up to 16 samples at a time, bound by reading values and mask. Multiplies the zeros too: what
+// is not finite in a sample spreads to all of its results.
+cudaError_t launch_bitmap_product(const BitmapCall& call, cudaStream_t stream);
 
 // The gradient of the kept entries, (gradient^T input) at each of them.
 struct WeightGradientCall {

@@ -1,8 +1,9 @@
 // Products of a sparse matrix with up to 16 samples at a time, and the gradient of its kept
 // entries.
 //
-// Bound: device memory. Every kept entry is read once, in order, 4 bytes of index and its value;
-// all features of the samples are in shared memory, side by side for every feature.
+// Bound: device memory. Every kept entry is read once, in order, 4 bytes of index (half of that for
+// half types) and its value; all features of the samples are in shared memory, side by side for
+// every feature.
 #include <algorithm>
 #include <iterator>
 #include <type_traits>
@@ -18,8 +19,9 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kMostLanes = 16;
-// Entries that a thread takes at once, with 128-bit loads where they are aligned.
-constexpr int kQuad = 4;
+// Entries that a thread takes at once: as many columns as one 128-bit load moves.
+template <typename Column>
+constexpr int kTaken = 16 / sizeof(Column);
 // A warp works on a row from this mean of kept entries on, else a quarter of one.
 constexpr int64_t kLongRow = 128;
 constexpr int kShortTeam = 8;
@@ -30,41 +32,42 @@ struct alignas(kLanes * sizeof(Storage) < 16 ? kLanes * sizeof(Storage) : 16) La
   Storage elements[kLanes];
 };
 
-template <typename T>
-struct alignas(kQuad * sizeof(T) < 16 ? kQuad * sizeof(T) : 16) Four {
-  T elements[kQuad];
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Several {
+  T elements[kCount];
 };
 
-// Entries [4 quad, 4 quad + 4) of an array; those from `count` on are left as they are.
-template <typename T>
-__device__ __forceinline__ void load_quad(const T* data, int32_t quad, int64_t count,
-                                          Four<T>& entries) {
-  const T* source = data + int64_t(quad) * kQuad;
-  if (reinterpret_cast<uintptr_t>(source) % alignof(Four<T>) == 0 &&
-      int64_t(quad) * kQuad + kQuad <= count) {
-    entries = *reinterpret_cast<const Four<T>*>(source);
+// Entries [kCount group, kCount (group + 1)) of an array; those from `count` on are left as they
+// are.
+template <typename T, int kCount>
+__device__ __forceinline__ void load_group(const T* data, int32_t group, int64_t count,
+                                           Several<T, kCount>& entries) {
+  const T* source = data + int64_t(group) * kCount;
+  if (reinterpret_cast<uintptr_t>(source) % alignof(Several<T, kCount>) == 0 &&
+      int64_t(group) * kCount + kCount <= count) {
+    entries = *reinterpret_cast<const Several<T, kCount>*>(source);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    if (int64_t(quad) * kQuad + i < count) entries.elements[i] = source[i];
+  for (int i = 0; i < kCount; ++i) {
+    if (int64_t(group) * kCount + i < count) entries.elements[i] = source[i];
   }
 }
 
-// The values of a quad of which entries [begin, end) are wanted.
-template <typename Storage>
+// The values of a group of which entries [begin, end) are wanted.
+template <typename Storage, typename Column, int kCount>
 __device__ __forceinline__ void load_values(const KeptValues& values, int64_t row,
-                                            const Four<int32_t>& columns, int32_t quad,
+                                            const Several<Column, kCount>& columns, int32_t group,
                                             int32_t begin, int32_t end, int64_t kept,
-                                            Four<Storage>& wanted) {
+                                            Several<Storage, kCount>& wanted) {
   const auto* data = static_cast<const Storage*>(values.data);
   if (!values.is_dense && values.permutation == nullptr) {
-    load_quad(data, quad, kept, wanted);
+    load_group(data, group, kept, wanted);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    const int32_t entry = quad * kQuad + i;
+  for (int i = 0; i < kCount; ++i) {
+    const int32_t entry = group * kCount + i;
     if (entry < begin || entry >= end) continue;
     const int64_t place = values.is_dense
                               ? row * values.row_stride + columns.elements[i] * values.column_stride
@@ -87,10 +90,11 @@ __device__ __forceinline__ void stage_lanes(Lanes<Storage, kLanes>* tile,
   }
 }
 
-template <typename Storage>
+template <typename Storage, typename Column>
 struct ProductArguments {
   Samples<Storage> input;
   KeptEntries entries;
+  const Column* columns;
   KeptValues values;
   const Storage* bias;
   Activation activation;
@@ -100,10 +104,11 @@ struct ProductArguments {
 
 // Rows go to teams of threads in turn; a row's entries go to the threads of its team in turn, whose
 // sums are added up by shuffles. blockIdx.y: the tile of samples.
-template <typename Storage, int kLanes, int kTeam>
+template <typename Storage, typename Column, int kLanes, int kTeam>
 __global__ void __launch_bounds__(kThreads)
-    small_product_kernel(const __grid_constant__ ProductArguments<Storage> call) {
+    small_product_kernel(const __grid_constant__ ProductArguments<Storage, Column> call) {
   using T = Math<Storage>;
+  constexpr int kCount = kTaken<Column>;
   auto* tile = dynamic_shared<Lanes<Storage, kLanes>>();
   const int64_t first_sample = int64_t(blockIdx.y) * kLanes;
   stage_lanes<kLanes>(tile, call.input, first_sample);
@@ -119,14 +124,14 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t end = call.entries.pointers[row + 1];
     T sums[kLanes] = {};
 #pragma unroll 1
-    for (int32_t quad = begin / kQuad + member; quad * int64_t(kQuad) < end; quad += kTeam) {
-      Four<int32_t> columns = {};
-      Four<Storage> values = {};
-      load_quad(call.entries.columns, quad, call.entries.kept, columns);
-      load_values(call.values, row, columns, quad, begin, end, call.entries.kept, values);
+    for (int32_t group = begin / kCount + member; group * int64_t(kCount) < end; group += kTeam) {
+      Several<Column, kCount> columns = {};
+      Several<Storage, kCount> values = {};
+      load_group(call.columns, group, call.entries.kept, columns);
+      load_values(call.values, row, columns, group, begin, end, call.entries.kept, values);
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        const int32_t entry = quad * kQuad + i;
+      for (int i = 0; i < kCount; ++i) {
+        const int32_t entry = group * kCount + i;
         if (entry < begin || entry >= end) continue;
         const Lanes<Storage, kLanes> samples = tile[columns.elements[i]];
         const T value = static_cast<T>(values.elements[i]);
@@ -240,6 +245,30 @@ cudaError_t with_lanes(int lanes, Function function) {
   return cudaErrorInvalidValue;
 }
 
+template <typename Storage, typename Column>
+cudaError_t launch_product(const ProductCall& call, const Column* columns,
+                           const DeviceLimits& limits, cudaStream_t stream) {
+  const ProductArguments<Storage, Column> arguments = {samples_of<Storage>(call.input),
+                                                       call.entries,
+                                                       columns,
+                                                       call.values,
+                                                       static_cast<const Storage*>(call.bias),
+                                                       call.activation,
+                                                       static_cast<Storage*>(call.output),
+                                                       static_cast<Storage*>(call.preactivation)};
+  const bool is_long = call.entries.kept >= kLongRow * call.entries.rows;
+  return with_lanes(fitting_lanes(call.input, call.dtype), [&](auto width) {
+    constexpr int kLanes = decltype(width)::value;
+    const int team = is_long ? 32 : kShortTeam;
+    const int64_t shared = call.input.width * int64_t(sizeof(Lanes<Storage, kLanes>));
+    const auto tiles = unsigned((call.input.count + kLanes - 1) / kLanes);
+    const auto kernel = is_long ? small_product_kernel<Storage, Column, kLanes, 32>
+                                : small_product_kernel<Storage, Column, kLanes, kShortTeam>;
+    return launch(kernel, dim3(blocks_for(call.entries.rows, team, shared, limits), tiles),
+                  dim3(kThreads), size_t(shared), stream, arguments);
+  });
+}
+
 }  // namespace
 
 bool small_product_fits(const ProductCall& call) {
@@ -253,24 +282,12 @@ cudaError_t launch_small_product(const ProductCall& call, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   return dispatch_storage(call.dtype, [&](auto storage) {
     using Storage = decltype(storage);
-    const ProductArguments<Storage> arguments = {samples_of<Storage>(call.input),
-                                                 call.entries,
-                                                 call.values,
-                                                 static_cast<const Storage*>(call.bias),
-                                                 call.activation,
-                                                 static_cast<Storage*>(call.output),
-                                                 static_cast<Storage*>(call.preactivation)};
-    const bool is_long = call.entries.kept >= kLongRow * call.entries.rows;
-    return with_lanes(fitting_lanes(call.input, call.dtype), [&](auto width) {
-      constexpr int kLanes = decltype(width)::value;
-      const int team = is_long ? 32 : kShortTeam;
-      const int64_t shared = call.input.width * int64_t(sizeof(Lanes<Storage, kLanes>));
-      const auto tiles = unsigned((call.input.count + kLanes - 1) / kLanes);
-      const auto kernel = is_long ? small_product_kernel<Storage, kLanes, 32>
-                                  : small_product_kernel<Storage, kLanes, kShortTeam>;
-      return launch(kernel, dim3(blocks_for(call.entries.rows, team, shared, limits), tiles),
-                    dim3(kThreads), size_t(shared), stream, arguments);
-    });
+    if constexpr (sizeof(Storage) == 2) {
+      if (call.narrow_columns != nullptr) {
+        return launch_product<Storage>(call, call.narrow_columns, limits, stream);
+      }
+    }
+    return launch_product<Storage>(call, call.entries.columns, limits, stream);
   });
 }
 

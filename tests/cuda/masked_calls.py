@@ -52,6 +52,7 @@ class ProductCall(ctypes.Structure):
         *(("entries", KeptEntries), ("values", KeptValues), ("input", SampleMatrix)),
         *(("bias", c_void_p), ("activation", c_int64)),
         *(("output", c_void_p), ("preactivation", c_void_p), ("dtype", c_int32)),
+        ("narrow_columns", c_void_p),
     )
 
 
@@ -175,9 +176,13 @@ class Kernels:
         return output.view(shape), preactivation.view(shape)
 
     def forward(
-        self, case: Problem, values: bool, held: Tensor | None = None
+        self,
+        case: Problem,
+        values: bool,
+        held: Tensor | None = None,
+        narrow: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Y and Z; `held` is where the values are, if somewhere special."""
+        """Y and Z; `held`: values that are somewhere special; `narrow`: 16-bit columns."""
         if held is None:
             held = case.pattern.gather(case.weight) if values else case.weight
         strides = (0, 0) if values else case.weight.stride()
@@ -188,7 +193,10 @@ class Kernels:
             None if case.bias is None else case.bias.data_ptr(),
             ACTIVATIONS[case.activation],
             *(None, None, DTYPE_CODES[case.input.dtype]),
+            None if narrow is None else narrow.data_ptr(),
         )
+        if narrow is not None:
+            call.entries.columns = None
         return self._product(call, len(case.input), case.input.dtype)
 
     def _gradient(self, case: Problem) -> tuple[SampleMatrix, Tensor]:

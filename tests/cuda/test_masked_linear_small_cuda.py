@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.cuda.masked_calls import (
     DTYPES,
@@ -11,6 +12,7 @@ from tests.cuda.masked_calls import (
     MASKS,
     Kernels,
     ProductCall,
+    check_close,
     check_forward,
     check_grad_input,
     check_grad_weight,
@@ -20,6 +22,7 @@ from tests.cuda.masked_calls import (
     strided,
 )
 from tests.cuda_emulation.library import guarded_copy, same_bits
+from tscnc_kernels import SparsityPattern
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,31 @@ def test_unaligned_values(kernels: Kernels) -> None:
     shifted = guarded_copy(case.pattern.gather(case.weight), offset=1).tensor
     expected = kernels.forward(case, values=True)
     assert same_bits(kernels.forward(case, values=True, held=shifted)[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("values", [True, False], ids=["values", "dense"])
+@pytest.mark.parametrize("shape", [(1, 23, 700), (5, 9, 41), (13, 6, 130)])
+def test_narrow_columns(
+    kernels: Kernels, shape: tuple[int, int, int], values: bool, dtype: torch.dtype
+) -> None:
+    case = problem(shape, dtype, density=0.4, activation="gelu")
+    expected = case.double().preactivation()
+    for offset in (0, shape[0]):
+        narrow = guarded_copy(case.pattern.columns.to(torch.uint16), offset=offset).tensor
+        output, preactivation = kernels.forward(case, values, narrow=narrow)
+        check_close(preactivation, expected)
+        check_close(output, F.gelu(expected))
+
+
+def test_the_last_of_65536_narrow_columns(kernels: Kernels) -> None:
+    case = problem((1, 2, 1 << 16), torch.bfloat16, density=0.001)
+    mask = case.pattern.mask.clone()
+    mask[:, -1] = True
+    case.pattern = SparsityPattern.from_mask(mask)
+    narrow = case.pattern.columns.to(torch.uint16)
+    assert narrow.int().max() == (1 << 16) - 1
+    check_close(kernels.forward(case, True, narrow=narrow)[1], case.double().preactivation())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,5 @@
 // Kernels, right and wrong on purpose, that prove what the emulation does and what it catches.
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include "cuda/launch.cuh"
@@ -20,6 +21,26 @@ __global__ void rotate_kernel(const float* input, float* output) {
   elements[threadIdx.x] = input[threadIdx.x];
   if constexpr (kWithBarrier) __syncthreads();
   output[threadIdx.x] = elements[(threadIdx.x + 1) % 64];
+}
+
+// Copies a thread's element while it does nothing, in two groups of which it waits for the first.
+template <bool kWaitsForAll>
+__global__ void copy_kernel(const float* input, float* output) {
+  __shared__ float elements[2][32];
+  for (int group = 0; group < 2; ++group) {
+    __pipeline_memcpy_async(&elements[group][threadIdx.x], input + 32 * group + threadIdx.x,
+                            sizeof(float));
+    __pipeline_commit();
+  }
+  __pipeline_wait_prior(kWaitsForAll ? 0 : 1);
+  output[threadIdx.x] = elements[0][threadIdx.x];
+  output[32 + threadIdx.x] = elements[1][threadIdx.x];
+  __pipeline_wait_prior(0);
+}
+
+__global__ void misaligned_copy_kernel(const float* input) {
+  __shared__ float elements[8];
+  __pipeline_memcpy_async(elements, input + 1, 16);
 }
 
 // Uses the array again without waiting for the readers of its first content.
@@ -101,6 +122,13 @@ extern "C" int block_sums(const double* input, double* sums, int blocks) {
 extern "C" int rotate(const float* input, float* output, int with_barrier) {
   return launch(with_barrier ? rotate_kernel<true> : rotate_kernel<false>, dim3(1), dim3(64), 0,
                 nullptr, input, output);
+}
+extern "C" int copy(const float* input, float* output, int waits_for_all) {
+  return launch(waits_for_all ? copy_kernel<true> : copy_kernel<false>, dim3(1), dim3(32), 0,
+                nullptr, input, output);
+}
+extern "C" int misaligned_copy(const float* input) {
+  return launch(misaligned_copy_kernel, dim3(1), dim3(1), 0, nullptr, input);
 }
 extern "C" int reuse(const float* input, float* output) {
   return launch(reuse_kernel, dim3(1), dim3(64), 0, nullptr, input, output);

@@ -16,8 +16,9 @@ blocks of a panel in the first-level cache. "small_batch" takes up to 16 samples
 by row; "spmv" takes one sample at a time from a plain vector; "block" shares
 loads between four rows that keep the same columns. "dense" is torch's GEMM on W ∘ M, all that the
 reference has; the triton backend applies the mask inside its own (for weights that hold something
-off it). CUDA has "panel", with samples in shared memory, one kernel for both few and one, and where
-Triton is installed "block", on tensor cores, for square blocks 16 to 128 wide.
+off it). CUDA has "panel", with samples in shared memory, one kernel for both few and one, "bitmap",
+which multiplies few samples by values that it spreads out after the mask's bits, and where Triton
+is installed "block", on tensor cores, for square blocks 16 to 128 wide.
 
 Source: panel products, Gale et al., arXiv 2006.10901 and Nikdan et al., arXiv 2302.04852.
 Deviations: none in the formula; reductions are ordered, so that results do not depend on threads.
@@ -43,8 +44,10 @@ from tscnc_kernels._feature_major import (
 )
 from tscnc_kernels._known_calls import call_key, known_call, remember_call
 from tscnc_kernels._masked_algorithms import ALGORITHMS, Call, Choice, choose
+from tscnc_kernels._masked_bitmap import BITMAP
 from tscnc_kernels._masked_native import native_product
 from tscnc_kernels._masked_run import Gradients, run_gradients, run_product
+from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED
 from tscnc_kernels._masked_triton import (
     runs_in_triton,
     sparse_gradients,
@@ -87,7 +90,7 @@ def _check(
         raise ValueError(f"expected bias of shape ({rows},), got {tuple(bias.shape)}")
     check_name("activation", activation, ACTIVATIONS)
     if algorithm is not None:
-        check_name("algorithm", algorithm, ALGORITHMS)
+        check_name("algorithm", algorithm, (*ALGORITHMS, BITMAP, SEMI_STRUCTURED))
     if dense_grad and weight.ndim == 1:
         raise ValueError(
             f"dense_grad=True needs a dense weight of shape ({rows}, {width}), got values of shape "
@@ -349,7 +352,9 @@ def masked_linear(
             layer reads it without the transposition that a row-major input takes.
         backend: "native", "triton" or "reference"; None chooses.
         algorithm: "panel", "blocked", "small_batch", "spmv", "block" (native, on the kept
-            entries; "block" triton too) or "dense" (GEMM on W ∘ M); None chooses.
+            entries; "block" triton too), "bitmap" (native, on a GPU) or "dense" (GEMM on W ∘ M);
+            "semi_structured" (on a GPU) lets torch's product for masks that keep 2 of 4 weights
+            compete with "dense"; None chooses without it.
 
     Returns:
         (..., N) tensor of the input's dtype, row-major unless feature_major. The gradient of the
@@ -364,7 +369,7 @@ def masked_linear(
         RuntimeError: the backend or the algorithm cannot run here.
 
     NaN: the sparse algorithms do not use an input that no kept weight multiplies, so that NaN or
-    infinity there stays out of the result; a dense product would spread it.
+    infinity there stays out of the result; "bitmap" and a dense product spread it.
 
     Autograd: any order; second and higher orders run in plain torch. Under autocast the tensors
     are cast as for F.linear.

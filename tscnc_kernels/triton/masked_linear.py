@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tscnc_kernels._activation import activation_gradient
 from tscnc_kernels._masked_weight import masked_weight
+from tscnc_kernels._tile_starts import tile_starts
 from tscnc_kernels.sparsity import SparsityPattern
 from tscnc_kernels.triton import Variant
 from tscnc_kernels.triton._tiles import (
@@ -244,22 +245,6 @@ def product(
             **_options(tile, samples.dtype),
         )
     return output, preactivation
-
-
-def tile_starts(pattern: SparsityPattern, columns: int) -> Tensor:
-    """(N, number of tiles) int32, the kept entries before each row's tile of so many columns."""
-    known: dict[int, Tensor] = pattern.__dict__.setdefault("_tile_starts", {})
-    if columns not in known:
-        rows, width = pattern.matrix_shape
-        tiles = -(-width // columns)
-        row = torch.arange(rows, device=pattern.device).repeat_interleave(
-            pattern.row_counts.long(), output_size=pattern.nnz
-        )
-        counts = torch.zeros(rows * tiles, dtype=torch.int32, device=pattern.device)
-        tile = row * tiles + pattern.columns // columns
-        counts.scatter_add_(0, tile, torch.ones_like(pattern.columns))
-        known[columns] = (counts.cumsum(0) - counts).to(torch.int32).view(rows, tiles)
-    return known[columns]
 
 
 def weight_gradient(
