@@ -5,8 +5,9 @@ the sparsity. Peers get their good, tall orientation. Every provider must agree 
 that the op promises.
 
 In the "warm" modes the weights move by a relative 1e-3 before every call, outside of the timing,
-and nothing is remembered but the `state` of the call before. "max" and "warm_max" want σ_max alone;
-"spectral_norm" times the parametrized weight W / σ_max(W) of a training step.
+and nothing is remembered but the `state` of the call before. On CUDA "passes alone" are measured
+too, one launch for the whole list. "max" and "warm_max" want σ_max alone; "spectral_norm" times the
+parametrized weight W / σ_max(W) of a training step.
 """
 
 from __future__ import annotations
@@ -228,6 +229,12 @@ def _prepare_power(case: Case, *arguments: Any) -> Call | Timed:
     return _ours("power", case, *arguments)
 
 
+def _prepare_passes(case: Case, weights: list[Tensor], *rest: Any) -> Call | Timed:
+    if not _is_warm(case) or case.mode == "spectral_norm" or not weights[0].is_cuda:
+        raise UnavailableError("a choice for CUDA, warm")
+    return _ours("passes", case, weights, *rest)
+
+
 def _prepare_gram32(case: Case, *arguments: Any) -> Call:
     if case.dtype == torch.float64:
         raise UnavailableError("not in the precision asked for")
@@ -291,6 +298,7 @@ CASES = [
 QUICK = [*_layer_cases((64, 576)), *_layer_cases((512, 512))]
 PROVIDERS = [
     Provider("native", partial(_ours, "auto")),
+    Provider("native, passes alone", _prepare_passes),
     Provider("power iteration", _prepare_power),
     Provider("torch svdvals", partial(_peer, _svdvals)),
     Provider("gram32 + eigvalsh", _prepare_gram32),

@@ -3,7 +3,8 @@
 Bounds on a sparse layer's step, in shares of the time it took:
 
     products    2 flops per multiply-add of a kept weight, at the rate at which one core feeds them
-                from its first-level cache
+                from its first-level cache, and from the second, where the inputs of layers lie
+                whose weights are too few to be cut into blocks
     layout      every activation and its gradient moved once, at the rate of the outer cache: x and
                 y forward; dy, x and dx backward
     weights     every kept weight and its 32-bit column read once per product, from memory, which
@@ -23,7 +24,7 @@ from benchmarks.results import Row
 from benchmarks.targets import DENSE, SPARSITIES, TABLE, Target
 
 FLOPS_PER_FLOAT = 2  # of the roofs, which read one float for each multiply-add
-FED_BY, MOVED_BY, READ_FROM = "L1", "L3", "DRAM"
+NEAR, FAR, MOVED_BY, READ_FROM = "L1", "L2", "L3", "DRAM"
 
 
 def activations(op: str, shape: str, mode: str) -> float:
@@ -44,7 +45,7 @@ def activations(op: str, shape: str, mode: str) -> float:
 def below_target(rows: Sequence[Row], table: Sequence[Target] = TABLE) -> Iterator[str]:
     """A line for each cell that missed its target against dense, from the rows of a folder."""
     roofs = {row.shape: row.rate for row in rows if row.op == "roofline"}
-    if not {FED_BY, MOVED_BY, READ_FROM} <= set(roofs):
+    if not {NEAR, FAR, MOVED_BY, READ_FROM} <= set(roofs):
         return
     times = {
         (row.op, row.mode, row.shape, row.dtype, row.sparsity, row.backend): row
@@ -70,7 +71,7 @@ def _line(target: Target, shape: str, own: Row, roofs: dict[str, float]) -> str:
 
     line = (
         f"{target.name} {shape} at {own.sparsity:g}: {own.p50:.3g} ms, products "
-        f"{own.rate / roofs[FED_BY]:.0%}, layout "
+        f"{own.rate / roofs[NEAR]:.0%} ({NEAR}) to {own.rate / roofs[FAR]:.0%} ({FAR}), layout "
         f"{share(activations(target.op, shape, target.mode), MOVED_BY)}"
     )
     if shape.startswith("1x"):

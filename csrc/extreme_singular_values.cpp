@@ -266,7 +266,8 @@ using Outputs =
 Outputs extreme_singular_values_cpu(Tensors matrices, Tensors masks, Tensors structures,
                                     Tensors row_pointers, Tensors columns,
                                     std::optional<Tensor> state, bool structural, double tie_tol,
-                                    bool power, bool certify, bool largest_only) {
+                                    bool power, bool certify, bool largest_only,
+                                    bool /* passes: a choice for CUDA */) {
   Packing packing;
   const std::vector<Job> jobs =
       make_jobs(matrices, {masks, structures, row_pointers, columns}, structural, &packing);
@@ -383,7 +384,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
   m.def(
       "extreme_singular_values(Tensor[] matrices, Tensor[] masks, Tensor[] structures, "
       "Tensor[] row_pointers, Tensor[] columns, Tensor? state, bool structural, float tie_tol, "
-      "bool power, bool certify, bool largest_only) -> "
+      "bool power, bool certify, bool largest_only, bool passes=False) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "extreme_singular_values_backward(Tensor grad_sigma, Tensor[] matrices, Tensor[] masks, "

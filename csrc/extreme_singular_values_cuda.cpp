@@ -93,6 +93,41 @@ T* data(const Tensor& tensor) {
 using Outputs =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The outputs of a forward call.
+struct ForwardOutputs {
+  Tensor sigma, left, right, block, state, rank, residual, flags, ties, bounds;
+
+  ForwardOutputs(const Tensor& like, const Jobs& jobs, bool certify)
+      : sigma(empty(like, {2, jobs.count()})),
+        left(empty(like, {2, jobs.rows})),
+        right(empty(like, {2, jobs.cols})),
+        block(empty(like, {2 * cuda::kTiedRows, jobs.smaller})),
+        state(empty(like, {4, jobs.smaller})),
+        rank(empty(like, {jobs.count()}, ScalarType::Long)),
+        residual(empty(like, {jobs.count(), 2})),
+        flags(empty(like, {jobs.count()}, ScalarType::Long)),
+        ties(empty(like, {jobs.count(), 2}, ScalarType::Long)),
+        bounds(empty(like, {certify ? jobs.count() : 0, 3, 2})) {}
+
+  cuda::SpectralOutputs pointers(const Jobs& jobs) const {
+    return {data(sigma),         data(left),          data(right),    data(block),
+            data(state),         data<int64_t>(rank), data(residual), data<int64_t>(flags),
+            data<int64_t>(ties), data(bounds),        jobs.count(),   jobs.rows,
+            jobs.cols,           jobs.smaller};
+  }
+  Outputs tensors() const {
+    return {sigma, left, right, block, state, rank, residual, flags, ties, bounds};
+  }
+};
+
+const double* checked_state(const Tensor& state, const Tensor& like, const Jobs& jobs) {
+  check_on_device(kOp, state, like, "state");
+  STD_TORCH_CHECK(state.dim() == 2 && state.size(0) == 4 && state.size(1) == jobs.smaller &&
+                      state.scalar_type() == ScalarType::Double && state.is_contiguous(),
+                  kOp, ": expected a contiguous float64 state of shape (4, ", jobs.smaller, ")");
+  return static_cast<const double*>(state.const_data_ptr());
+}
+
 // The op extreme_singular_values without compressed rows, for smaller sides up to kSmallSide.
 Outputs extreme_singular_values_small_cuda(Tensors matrices, Tensors masks, Tensors structures,
                                            std::optional<Tensor> state, bool structural,
@@ -106,37 +141,49 @@ Outputs extreme_singular_values_small_cuda(Tensors matrices, Tensors masks, Tens
   }
   const Tensor& like = matrices[0];
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  if (state.has_value()) {
-    check_on_device(kOp, *state, like, "state");
-    STD_TORCH_CHECK(state->dim() == 2 && state->size(0) == 4 && state->size(1) == jobs.smaller &&
-                        state->scalar_type() == ScalarType::Double && state->is_contiguous(),
-                    kOp, ": expected a contiguous float64 state of shape (4, ", jobs.smaller, ")");
-  }
-  const int64_t count = jobs.count();
-  const Tensor sigma = empty(like, {2, count});
-  const Tensor left = empty(like, {2, jobs.rows}), right = empty(like, {2, jobs.cols});
-  const Tensor block = empty(like, {2 * cuda::kTiedRows, jobs.smaller});
-  const Tensor next_state = empty(like, {4, jobs.smaller});
-  const Tensor rank = empty(like, {count}, ScalarType::Long);
-  const Tensor residual = empty(like, {count, 2});
-  const Tensor flags = empty(like, {count}, ScalarType::Long);
-  const Tensor ties = empty(like, {count, 2}, ScalarType::Long);
-  const Tensor bounds = empty(like, {certify ? count : 0, 3, 2});
+  const double* warm = state.has_value() ? checked_state(*state, like, jobs) : nullptr;
+  const ForwardOutputs outputs(like, jobs, certify);
   const Tensor workspace =
-      empty(like, {cuda::extreme_singular_values_workspace(jobs.list.data(), count)});
-  const cuda::SpectralOutputs outputs = {
-      data(sigma),         data(left),          data(right),    data(block),
-      data(next_state),    data<int64_t>(rank), data(residual), data<int64_t>(flags),
-      data<int64_t>(ties), data(bounds),        count,          jobs.rows,
-      jobs.cols,           jobs.smaller};
+      empty(like, {cuda::extreme_singular_values_workspace(jobs.list.data(), jobs.count())});
   const cuda::SpectralSettings settings = {tie_tol, structural, power, certify, largest_only};
-  const double* warm =
-      state.has_value() ? static_cast<const double*>(state->const_data_ptr()) : nullptr;
-  check_cuda(cuda::launch_extreme_singular_values(jobs.list.data(), settings, warm, outputs,
-                                                  data(workspace),
+  check_cuda(cuda::launch_extreme_singular_values(jobs.list.data(), settings, warm,
+                                                  outputs.pointers(jobs), data(workspace), nullptr,
                                                   current_cuda_stream(like.get_device_index())),
              kOp);
-  return {sigma, left, right, block, next_state, rank, residual, flags, ties, bounds};
+  return outputs.tensors();
+}
+
+// The same from a state for matrices of any size: passes over the matrices, and the factorisations
+// of the small ones that these did not settle. Nothing tells the host which those are.
+Outputs extreme_singular_values_warm_cuda(Tensors matrices, Tensors masks, Tensors structures,
+                                          Tensor state, bool structural, double tie_tol,
+                                          bool largest_only) {
+  const Jobs jobs = make_jobs(matrices, masks, structures);
+  const Tensor& like = matrices[0];
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const double* warm = checked_state(state, like, jobs);
+  const ForwardOutputs outputs(like, jobs, false);
+  const auto* list = jobs.list.data();
+  const int64_t count = jobs.count();
+  const Tensor workspace =
+      empty(like, {std::max(cuda::warm_singular_values_workspace(list, count),
+                            cuda::extreme_singular_values_workspace(list, count))});
+  const Tensor counters = empty(like, {count * cuda::kWarmCounters}, ScalarType::Int);
+  const cuda::SpectralSettings settings = {tie_tol, structural, false, false, largest_only};
+  const cudaStream_t stream = current_cuda_stream(like.get_device_index());
+  check_cuda(cuda::launch_warm_singular_values(list, settings, warm, outputs.pointers(jobs),
+                                               data(workspace), data<int32_t>(counters), stream),
+             kOp);
+  const bool has_small = std::any_of(jobs.list.begin(), jobs.list.end(), [](const auto& job) {
+    return std::min(job.rows, job.cols) <= cuda::kSmallSide;
+  });
+  if (has_small) {
+    check_cuda(
+        cuda::launch_extreme_singular_values(list, settings, warm, outputs.pointers(jobs),
+                                             data(workspace), data<int32_t>(counters), stream),
+        kOp);
+  }
+  return outputs.tensors();
 }
 
 const void* checked_data(const Tensor& tensor, int64_t numel, ScalarType type, const Tensor& like) {
@@ -191,6 +238,7 @@ Tensors extreme_singular_values_backward_cuda(Tensor grad_sigma, Tensors matrice
 
 STABLE_TORCH_LIBRARY_IMPL(tscnc_kernels, CUDA, m) {
   m.impl("extreme_singular_values_small", TORCH_BOX(&tscnc::extreme_singular_values_small_cuda));
+  m.impl("extreme_singular_values_warm", TORCH_BOX(&tscnc::extreme_singular_values_warm_cuda));
   m.impl("extreme_singular_values_backward",
          TORCH_BOX(&tscnc::extreme_singular_values_backward_cuda));
 }
@@ -201,5 +249,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tscnc_kernels, m) {
       "extreme_singular_values_small(Tensor[] matrices, Tensor[] masks, Tensor[] structures, "
       "Tensor? state, bool structural, float tie_tol, bool power, bool certify, "
       "bool largest_only) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "extreme_singular_values_warm(Tensor[] matrices, Tensor[] masks, Tensor[] structures, "
+      "Tensor state, bool structural, float tie_tol, bool largest_only) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -62,6 +62,7 @@ def test_build_info_names_instruction_sets_and_cuda():
         *("sparsity_pack", "sparsity_build", "masked_conv2d", "masked_conv2d_backward"),
         *("batch_norm_relu", "batch_norm_relu_backward", "masked_linear_bitmap"),
         *("extreme_singular_values", "extreme_singular_values_backward"),
+        *("extreme_singular_values_small", "extreme_singular_values_warm"),
     ],
 )
 def test_cuda_kernels_are_registered_exactly_if_they_were_compiled(op):

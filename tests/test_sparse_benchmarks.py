@@ -207,7 +207,7 @@ def test_slower_than_dense_and_rising_times_are_reported():
 def test_a_missed_cell_is_held_against_the_roofs():
     rows = [
         replace(ROW, op="roofline", backend="one core", shape=level, threads=1, rate=rate)
-        for level, rate in (("L1", 50.0), ("L3", 20.0), ("DRAM", 10.0))
+        for level, rate in (("L1", 50.0), ("L2", 40.0), ("L3", 20.0), ("DRAM", 10.0))
     ]
     cell = {
         "op": "masked_linear",
@@ -222,7 +222,7 @@ def test_a_missed_cell_is_held_against_the_roofs():
         replace(ROW, **cell, backend="ours, values", p50=8.0, rate=40.0),
     ]
     # x, y, dy, x and dx of 128 x 2048 floats at 10 G/s take 0.131 ms.
-    line = "linear vs dense 128x2048x2048 at 0.9: 8 ms, products 80%, layout 2%"
+    line = "linear vs dense 128x2048x2048 at 0.9: 8 ms, products 80% (L1) to 100% (L2), layout 2%"
     assert list(limits.below_target(rows)) == [line]
     assert list(limits.below_target([*rows[:-1], replace(rows[-1], p50=4.0)])) == []
     assert list(limits.below_target(rows[1:])) == []

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tscnc_kernels._feature_major import in_layout
 from tscnc_kernels._masked_algorithms import SPARSE
-from tscnc_kernels._masked_bitmap import BITMAP
+from tscnc_kernels._masked_bitmap import BITMAP, bitmap_product, has_kernel
+from tscnc_kernels._masked_semi_structured import SEMI_STRUCTURED, semi_structured_product
 from tscnc_kernels.sparsity import SparsityPattern
 
 _native = torch.ops.tscnc_kernels
@@ -19,17 +21,19 @@ _NARROW = 1 << 15
 def columns_for(algorithm: str, input: Tensor, weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """The columns of the kept entries, as an algorithm reads them.
 
-    Products whose time is that of reading index and values take 16-bit ones: of one sample on a
-    CPU, of few samples of a half type on a GPU.
+    Products whose time is that of reading index and values take 16-bit columns: on the CPU those of
+    one sample with kept values, on CUDA those of few samples of a half type.
     """
     if algorithm == "blocked":
         return pattern.blocked_rows
     if input.is_cuda:
-        is_short = input.dtype.itemsize == 2 and pattern.matrix_shape[1] <= _NARROW
-        is_narrow = algorithm != "panel" and is_short
-    else:
-        is_narrow = algorithm == "spmv" and weight.dim() == 1
-    return pattern.narrow_columns if is_narrow else pattern.columns
+        is_few = algorithm != "panel" and input.dtype.itemsize == 2
+        return (
+            pattern.narrow_columns
+            if is_few and pattern.matrix_shape[1] <= _NARROW
+            else pattern.columns
+        )
+    return pattern.narrow_columns if algorithm == "spmv" and weight.dim() == 1 else pattern.columns
 
 
 def native_product(
@@ -43,6 +47,12 @@ def native_product(
     feature_major: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Y for a 2-d input, and Z if it has to be saved (else a tensor of no rows)."""
+    if algorithm == BITMAP and has_kernel(pattern.matrix_shape, input.dtype):
+        how = activation, save, feature_major
+        return bitmap_product(input, weight, bias, pattern, *how)
+    if algorithm == SEMI_STRUCTURED:
+        found = semi_structured_product(input, weight, bias, pattern, activation, save)
+        return in_layout(found[0], feature_major), in_layout(found[1], feature_major)
     kept = columns_for(algorithm, input, weight, pattern)
     codes = activation, _CODES[algorithm], save, feature_major
     return _native.masked_linear.default(  # type: ignore[no-any-return]

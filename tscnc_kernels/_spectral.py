@@ -1,7 +1,7 @@
 """What `extreme_singular_values` returns, what it reads of a pattern, its reference's packing."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -154,6 +154,25 @@ def certified_bounds(w: Tensor, sigma: Tensor, last: Tensor) -> Tensor:
     above = torch.where(last[0] < n - 1, largest[1], sigma[1] + off)
     smallest = torch.stack([lower * (1 - 4 * _UNIT), above])
     return torch.stack([largest, smallest, (largest / smallest.flip(0)).clamp(min=1)])
+
+
+def mean_outer_product(tall: Tensor, value: Tensor, svd: Any, tie_tol: float) -> Tensor:
+    """Mean of u vᵀ over the values tied with `value`; its derivative is perturbation theory's.
+
+    V is the SVD's V plus its first-order change with A, so that no derivative divides by the
+    difference of tied values, which is where differentiating an SVD gives NaN.
+    """
+    s, v = svd.S, svd.Vh.mT
+    tied = (s - value).abs() <= tie_tol * value
+    gram = tall.mT @ tall
+    gaps = s[None, :] ** 2 - s[:, None] ** 2
+    separate = tied[None, :] & ~tied[:, None]
+    inverse_gaps = torch.where(separate, 1 / torch.where(separate, gaps, 1.0), 0.0)
+    moved = v + v @ ((v.mT @ (gram - gram.detach()) @ v) * inverse_gaps)
+    u = tall @ moved
+    lengths = torch.where(tied, torch.linalg.vector_norm(u, dim=0), 1.0)
+    weights = torch.where(tied & (value > 0), 1 / torch.where(value > 0, lengths, 1.0), 0.0)
+    return (u * weights) @ moved.mT / tied.sum().clamp(min=1)
 
 
 def pack_reference(

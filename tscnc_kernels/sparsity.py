@@ -187,16 +187,19 @@ class SparsityPattern:
 
     @property
     def narrow_columns(self) -> Tensor:
-        """`columns` as uint16 for products that read little else, built when first asked for; the
-        same as `columns` where K > 65536.
+        """`columns` as uint16, made when first asked for; as they are where K > 65536, and while a
+        CUDA graph is captured, whose memory does not outlive it.
         """
+        found = self._built.get("narrow")
+        if found is not None:
+            return found
         if self.matrix_shape[1] > 1 << 16:
             return self.columns
-        found = self._built.get("narrow")
-        if found is None:
-            found = self.columns.to(torch.uint16)
-            if not torch.compiler.is_compiling():
-                self._built["narrow"] = found
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self.columns
+        found = self.columns.to(torch.uint16)
+        if not torch.compiler.is_compiling():
+            self._built["narrow"] = found
         return found
 
     def _blocked(self, order: str) -> Tensor:

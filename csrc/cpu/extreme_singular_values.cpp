@@ -24,10 +24,10 @@ class Writer {
     clear();
     out_.rank = source_.want_full_rank ? found_.a.n : source_.structural_rank;
     if (found_.a.n == 0) return write_zero();
+    found_.start_from(turned() ? nullptr : warm, warm_stride);
     const double trace = found_.load();
     if (!std::isfinite(trace)) return write_nan();
     if (trace == 0) return write_zero();
-    found_.start_from(turned() ? nullptr : warm, warm_stride);
     found_.solve();
     judge();
     for (int end = 0; end < 2; ++end) write_vectors(end);

@@ -8,7 +8,8 @@
 
 #include "direct_extremes.h"
 #include "row_qr.h"
-#include "spectral_workspace.h"
+#include "square_extremes.h"
+#include "tall_gram.h"
 
 namespace tscnc::TSCNC_ISA {
 
@@ -25,30 +26,19 @@ constexpr double kDirectCondition = 1e5, kSingleCondition = 20;
 constexpr double kSingleAspect = 1.3;
 // Estimated relative error of sigma^2 above which the direct vectors are not taken.
 constexpr double kDirectError = 1e-5, kDirectErrorDouble = 1e-13;
-// Applications of an operator to a block of two vectors.
-constexpr int64_t kMaxBlocks = 160;
 constexpr int64_t kNullSteps = 3;
+// Operator applications that look for a condition beyond fp32, and what they take for one.
+constexpr int64_t kSteepBlocks = 5;
+constexpr double kSteepSpread = 150;
 constexpr double kUnit = 0x1p-53;
 // Shift of the refactored triangle beside a null space, relative to |A|_F: far above rounding,
 // which keeps the null space from drowning the rest, and far below any sigma_r worth finding.
 constexpr double kRefactorShift = 1e-13;
 
-inline TallMatrix make_tall(const SpectralMatrix& source) {
-  TallMatrix a = {};
-  a.source = &source;
-  a.transposed = source.kept_row_count < source.kept_col_count;
-  a.m = a.transposed ? source.kept_col_count : source.kept_row_count;
-  a.n = a.transposed ? source.kept_row_count : source.kept_col_count;
-  a.long_kept = a.transposed ? source.kept_cols : source.kept_rows;
-  a.short_kept = a.transposed ? source.kept_rows : source.kept_cols;
-  a.scale = 1;
-  return a;
-}
-
-class ExtremeVectors {
+class ExtremeVectors : public ExtremePairs {
  public:
-  ExtremeVectors(const SpectralMatrix& source, const SpectralOptions& options, double* workspace)
-      : a(make_tall(source)), work(source, workspace), source_(source), options_(options) {
+  ExtremeVectors(const SpectralMatrix& matrix, const SpectralOptions& settings, double* workspace)
+      : ExtremePairs(matrix, settings, workspace) {
     deficiency = a.n - source.structural_rank;
     a.rows = work.rows;
     a.sparse = source.mask != nullptr &&
@@ -56,34 +46,37 @@ class ExtremeVectors {
                    kSparseDensity * static_cast<double>(a.m) * static_cast<double>(a.n);
   }
 
-  // The Gram matrix; returns its trace. fp64 storage is scaled by a power of two so that no square
-  // leaves the range.
+  // What the ways that solve() tries first work on; returns |A|_F^2. fp64 storage is scaled by a
+  // power of two so that no square leaves the range. After start_from().
   double load() {
-    if (source_.dtype == DType::float64) {
+    if (source.dtype == DType::float64) {
       const double largest = largest_entry();
       if (largest > 0 && std::isfinite(largest)) a.scale = std::ldexp(1.0, -std::ilogb(largest));
     }
     if (a.sparse) {
-      dispatch_dtype(source_.dtype, [&](auto* tag) {
+      dispatch_dtype(source.dtype, [&](auto* tag) {
         build_sparse_rows<std::remove_pointer_t<decltype(tag)>>(&a, work.position);
       });
     }
-    const bool steep = static_cast<double>(a.m) >= kSingleAspect * static_cast<double>(a.n);
-    single_ = source_.dtype != DType::float64 && steep && a.n >= kLeastSingle &&
-              a.n <= kSingleSize && may_go_direct();
-    if (single_ && !options_.certify) {
-      gram<float>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
-      // What the squares of fp32 cannot hold goes through fp64.
-      rounded_ = find_trace() > 1e-20 && trace < 1e30;
+    by_elimination_ = deficiency == 0 && eliminates(*this, started_);
+    if (by_elimination_) {
+      trace = SquareExtremes(this).load();
+      by_elimination_ = fits_in_single(trace);
+      if (by_elimination_) return trace;
     }
+    const bool steep = static_cast<double>(a.m) >= kSingleAspect * static_cast<double>(a.n);
+    single_ = source.dtype != DType::float64 && steep && a.n >= kLeastSingle &&
+              a.n <= kSingleSize && may_go_direct();
+    if (single_ && !options.certify) load_rounded();
     if (!rounded_) load_exactly();
     return trace;
   }
 
   // Start vectors of both ends in the small side's full coordinates, four rows, or null.
   void start_from(const double* warm, int64_t stride) {
-    zero(work.block, 2 * kMaxTies * work.ld);
-    if (warm == nullptr) return;
+    forget_start();
+    started_ = warm != nullptr;
+    if (!started_) return;
     for (int i = 0; i < 4; ++i) {
       double* target = block(i / 2) + (i % 2) * work.ld;
       for (int64_t j = 0; j < a.n; ++j) target[j] = warm[i * stride + kept(a.short_kept, j)];
@@ -91,6 +84,11 @@ class ExtremeVectors {
   }
 
   void solve() {
+    if (by_elimination_) {
+      if (SquareExtremes(this).run(started_)) return;
+      forget_start();
+      load_exactly();
+    }
     if (solve_directly()) return;
     if (rounded_) load_exactly();
     find_largest();
@@ -98,26 +96,39 @@ class ExtremeVectors {
     find_smallest();
     measure();
     const bool beyond = sigma[0] > kGramCondition * sigma[1];
-    if (!beyond || (flags & kRefactored) != 0 || (deficiency > 0 && source_.want_full_rank)) return;
+    if (!beyond || (flags & kRefactored) != 0 || (deficiency > 0 && source.want_full_rank)) return;
     refactor();
     if (deficiency > 0) find_null_space();
     find_smallest();
     measure();
   }
 
-  double* block(int end) { return work.block + end * kMaxTies * work.ld; }
-
-  TallMatrix a;
-  ForwardWorkspace work;
-  int64_t deficiency, flags = 0;
-  double trace = 0;
-  double sigma[2], residual[2];
-  double error[2];  // estimated relative error of sigma
-  int64_t ties[2];
-
  private:
+  void forget_start() {
+    for (int end = 0; end < 2; ++end) zero(block(end), 2 * work.ld);
+  }
+
+  // Whether fp32 holds the squares of a matrix with this sum of them.
+  static bool fits_in_single(double squares) { return squares > 1e-20 && squares < 1e30; }
+
   // What the direct way leaves to the Krylov spaces: null spaces and the power method.
-  bool may_go_direct() const { return deficiency == 0 && !options_.power; }
+  bool may_go_direct() const { return deficiency == 0 && !options.power; }
+
+  // In fp32, unless the first rows show already that this is too little, or its range is.
+  void load_rounded() {
+    const int64_t size = symmetric_size(a.n), part = 2 * a.n;
+    if (a.sparse || a.n <= kDirectSize || a.m < 2 * part) {
+      gram<float>(a, work.gram, work.ld, work.panel, work.packed, work.factor);
+    } else {
+      zero(work.gram, size);
+      add_gram<float>(a, 0, part, work.gram, work.ld, work.panel, work.packed);
+      single_ = !looks_steep();
+      if (!single_) return;
+      seen_flat_ = true;
+      add_gram<float>(a, part, a.m, work.gram, work.ld, work.panel, work.packed);
+    }
+    rounded_ = fits_in_single(find_trace());
+  }
 
   void load_exactly() {
     rounded_ = false;
@@ -135,13 +146,14 @@ class ExtremeVectors {
   // the Krylov spaces, where they may miss the promised error.
   bool solve_directly() {
     if (!may_go_direct() || !(single_ || a.n <= kDirectSize)) return false;
-    const bool fp64 = source_.dtype == DType::float64;
+    const bool fp64 = source.dtype == DType::float64;
+    if (single_ && !seen_flat_ && looks_steep()) return false;
     const double tie_gap = krylov_options().tie_gap, close = fp64 ? 0x1p-50 : 0x1p-26;
     const auto direct = single_ ? &direct_extremes<float> : &direct_extremes<double>;
     DirectResult found;
     if (!direct(work.gram, work.ld, a.n, trace, close, tie_gap, work.factor, work.basis, block(0),
                 block(1), &found)) {
-      zero(work.block, 2 * kMaxTies * work.ld);
+      forget_start();
       return false;
     }
     const double* value = found.values;
@@ -161,6 +173,28 @@ class ExtremeVectors {
     return true;
   }
 
+  auto gram_operator() {
+    return [this](double* w0, double* w1) {
+      double *z0 = work.z, *z1 = z0 + work.ld;
+      symmetric_multiply(work.gram, work.ld, a.n, w0, w1, z0, z1);
+      copy(w0, z0, work.ld);
+      copy(w1, z1, work.ld);
+    };
+  }
+
+  // Whether a few steps into the Krylov space, whose values lie between those of the Gram matrix,
+  // already span so much that all of it is more than fp32 can take. Small matrices are reduced
+  // sooner. Leaves a start for find_largest().
+  bool looks_steep() {
+    if (a.n <= kDirectSize) return false;
+    KrylovOptions options = krylov_options();
+    options.tolerance = 0;
+    options.max_blocks = kSteepBlocks;
+    KrylovSpace space(a.n, work.ld, work.basis);
+    const KrylovResult seen = space.run(gram_operator(), options, block(0));
+    return seen.spread > kSteepSpread;
+  }
+
   double largest_entry() {
     TallMatrix dense = a;
     dense.sparse = false;
@@ -175,35 +209,7 @@ class ExtremeVectors {
     return largest;
   }
 
-  KrylovOptions krylov_options() const {
-    // The square of the vectors' error: fp64 matrices to rounding, fp32 well inside the promised
-    // error.
-    const bool small = a.n <= 64, fp64 = source_.dtype == DType::float64;
-    const double close = 1 + options_.tie_tolerance;
-    return {fp64 ? 1e-21 : (small ? 1e-10 : 1e-6), 1 - 1 / (close * close), kMaxBlocks};
-  }
-
-  template <class Apply>
-  void find_leading(int end, const Apply& apply) {
-    KrylovResult result;
-    if (options_.power) {
-      result = power_iteration(apply, a.n, work.ld, krylov_options(), work.basis, block(end));
-    } else {
-      KrylovSpace space(a.n, work.ld, work.basis);
-      result = space.run(apply, krylov_options(), block(end));
-    }
-    ties[end] = result.ties;
-    error[end] = result.error / 2;
-  }
-
-  void find_largest() {
-    find_leading(0, [&](double* w0, double* w1) {
-      double *z0 = work.z, *z1 = z0 + work.ld;
-      symmetric_multiply(work.gram, work.ld, a.n, w0, w1, z0, z1);
-      copy(w0, z0, work.ld);
-      copy(w1, z1, work.ld);
-    });
-  }
+  void find_largest() { find_leading(0, krylov_options(), gram_operator()); }
 
   void factor() {
     copy(work.factor, work.gram, symmetric_size(a.n));
@@ -213,7 +219,7 @@ class ExtremeVectors {
       flags |= kShifted;
     }
     if (!cholesky(work.factor, work.ld, a.n, work.packed)) refactor();
-    if (deficiency > 0 && !source_.want_full_rank) find_null_space();
+    if (deficiency > 0 && !source.want_full_rank) find_null_space();
   }
 
   // R from A itself, for matrices that the Gram matrix cannot resolve.
@@ -285,7 +291,7 @@ class ExtremeVectors {
       fill_random(v, a.n, work.ld, column++);
     }
     apply_inverse(v0, v1);
-    find_leading(1, [&](double* w0, double* w1) { apply_inverse(w0, w1); });
+    find_leading(1, krylov_options(), [&](double* w0, double* w1) { apply_inverse(w0, w1); });
     const int64_t available = a.n - null_count_;
     int64_t count = ties[1] > 2 ? ties[1] : 2;
     if (count > available) count = available;
@@ -300,90 +306,12 @@ class ExtremeVectors {
     if (count < 2) zero(v1, work.ld);
   }
 
-  // Both ends in one pass over A: singular values as |Av|, the two leading vectors of each end
-  // turned into each other's optimum. Leaves v in work.x and u in work.y, two rows per end. lanes:
-  // A's condition allows fp32 products.
-  void measure(bool lanes = false) {
-    const int64_t ld = work.ld, stride = work.long_stride;
-    copy(work.x, block(0), 2 * ld);
-    copy(work.x + 2 * ld, block(1), 2 * ld);
-    zero(work.y, 4 * stride);
-    if (!lanes || !multiply_in_lanes()) {
-      multiply_both(a, work.x, work.y, stride, work.z, ld, work.panel);
-    }
-    for (int end = 0; end < 2; ++end) {
-      if (a.n > 1) turn_pair(end);
-      double *x = work.x + 2 * end * ld, *y = work.y + 2 * end * stride;
-      sigma[end] = std::sqrt(dot(y, y, stride));
-      copy(block(end), x, 2 * ld);
-      const double inverse = sigma[end] > 0 ? 1 / sigma[end] : 0;
-      double squares = 0;
-      for (int64_t j = 0; j < a.n; ++j) {
-        const double r = work.z[2 * end * ld + j] * inverse - sigma[end] * x[j];
-        squares += r * r;
-      }
-      residual[end] = std::sqrt(squares);
-      for (int64_t i = 0; i < stride; ++i) y[i] *= inverse;
-    }
-  }
-
-  // multiply_both in one fused pass of fp32 products; false where the stored matrix is not A.
-  bool multiply_in_lanes() {
-    if (a.sparse || a.short_kept != nullptr || a.long_kept != nullptr) return false;
-    const int64_t ld = work.lane_ld, stride = work.lane_stride;
-    dispatch_dtype(source_.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
-      if constexpr (!std::is_same_v<T, double>) {
-        for (int q = 0; q < 4; ++q) {
-          for (int64_t j = 0; j < ld; ++j) {
-            work.lane_x[q * ld + j] = j < a.n ? static_cast<float>(work.x[q * work.ld + j]) : 0;
-          }
-        }
-        const FusedPass<T, 4> pass(source_, nullptr, work.lanes);
-        pass.run(work.lane_x, work.lane_y, stride, work.z, work.ld);
-      }
-    });
-    for (int q = 0; q < 4; ++q) {
-      for (int64_t i = 0; i < a.m; ++i) {
-        work.y[q * work.long_stride + i] = static_cast<double>(work.lane_y[q * stride + i]);
-      }
-    }
-    return true;
-  }
-
-  // One Jacobi rotation of the pair (x0, x1) that makes A x0 and A x1 orthogonal, the extreme one
-  // first.
-  void turn_pair(int end) {
-    const int64_t ld = work.ld, stride = work.long_stride;
-    double *x = work.x + 2 * end * ld, *y = work.y + 2 * end * stride, *z = work.z + 2 * end * ld;
-    if (dot(x + ld, x + ld, ld) == 0) return;
-    const double p = dot(y, y, stride), q = dot(y, y + stride, stride);
-    const double r = dot(y + stride, y + stride, stride);
-    double tangent = 0;
-    if (q != 0) {
-      const double tau = (r - p) / (2 * q);
-      tangent = (tau >= 0 ? 1 : -1) / (std::fabs(tau) + std::sqrt(1 + tau * tau));
-    }
-    const double cosine = 1 / std::sqrt(1 + tangent * tangent), sine = tangent * cosine;
-    const double first = p - tangent * q, second = r + tangent * q;
-    const bool swap = end == 0 ? first < second : first > second;
-    const auto turn = [&](double* s, double* t, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        const double kept_side = cosine * s[i] - sine * t[i], other = sine * s[i] + cosine * t[i];
-        s[i] = swap ? other : kept_side;
-        t[i] = swap ? kept_side : other;
-      }
-    };
-    turn(x, x + ld, ld);
-    turn(y, y + stride, stride);
-    turn(z, z + ld, ld);
-  }
-
-  const SpectralMatrix& source_;
-  const SpectralOptions& options_;
   int64_t null_count_ = 0;
-  bool single_ = false;   // the direct way works in fp32
-  bool rounded_ = false;  // the Gram matrix was summed in fp32
+  bool started_ = false;         // from a state
+  bool by_elimination_ = false;  // A was copied for SquareExtremes instead of multiplied
+  bool single_ = false;          // the direct way works in fp32
+  bool seen_flat_ = false;       // looks_steep() has seen a part of A
+  bool rounded_ = false;         // the Gram matrix was summed in fp32
 };
 
 }  // namespace tscnc::TSCNC_ISA

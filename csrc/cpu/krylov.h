@@ -31,6 +31,16 @@ inline void fill_random(double* x, int64_t n, int64_t ld, uint64_t column) {
   for (int64_t i = 0; i < ld; ++i) x[i] = i < n ? counter_uniform(column, i) : 0;
 }
 
+// What of the second vector of a warm start is random, so that a direction which the start lacks
+// grows from call to call.
+constexpr double kExploration = 1e-3;
+
+// Adds the random part to x of length 1.
+inline void explore(double* x, int64_t n, uint64_t column) {
+  const double scale = kExploration * std::sqrt(3.0 / static_cast<double>(n));
+  for (int64_t j = 0; j < n; ++j) x[j] += scale * counter_uniform(column, j);
+}
+
 // Scales x to length 1 and returns its former length; 0 where that is 0 or not finite.
 inline double normalise(double* x, int64_t ld) {
   const double norm = std::sqrt(dot(x, x, ld));
@@ -61,11 +71,14 @@ struct KrylovOptions {
   double tolerance;    // relative error of the leading eigenvalue to stop at
   double tie_gap;      // relative gap below which eigenvalues count as tied
   int64_t max_blocks;  // operator applications, two vectors each
+  // Size of the space at which the error is estimated first, small for a good start.
+  int64_t first_check = 8;
 };
 
 struct KrylovResult {
   double error;  // estimated relative error of the leading eigenvalue
   int64_t ties;  // leading eigenvalues within tie_gap, at most kMaxTies
+  double spread = 1;  // the largest Ritz value by the smallest one, infinite where that is not > 0
 };
 
 class KrylovSpace {
@@ -82,13 +95,13 @@ class KrylovSpace {
     std::memcpy(w0, block, static_cast<size_t>(ld_) * sizeof(double));
     std::memcpy(w1, block + ld_, static_cast<size_t>(ld_) * sizeof(double));
     KrylovResult result = {1, 1};
-    int64_t next_check = 8, applied = 0, first_done = 0, probe_until = 0, probed_ties = 1;
+    int64_t next_check = options.first_check, applied = 0, first_done = 0, probe_until = 0, probed_ties = 1;
     for (;;) {
       expand(apply, limit, w0, w1);
       ++applied;
       const bool full = size_ == n_, capped = applied >= options.max_blocks;
       if (size_ == limit || size_ >= next_check || capped) {
-        next_check = check_after(size_);
+        next_check = check_after(size_, options);
         const double before = result.error;
         result = assess(options, full);
         // Rounding may keep a very small tolerance out of reach.
@@ -107,10 +120,12 @@ class KrylovSpace {
         if (size_ == limit) {
           rotate(limit / 2, basis_);
           restart(limit / 2);
-          next_check = check_after(size_ - size_ / 4);
+          next_check = check_after(size_ - size_ / 4, options);
         }
       }
     }
+    const double least = values_[size_ - 1];
+    result.spread = least > 0 ? values_[0] / least : HUGE_VAL;
     const int64_t wanted = result.ties > 2 ? result.ties : 2;
     rotate(wanted < size_ ? wanted : size_, block);
     return result;
@@ -121,9 +136,9 @@ class KrylovSpace {
 
   // Looking at the Ritz values costs size^3, a step size * n and the operator: small matrices look
   // less often.
-  int64_t check_after(int64_t size) const {
-    const int64_t more = n_ < 256 ? 3 * size / 4 : size / 3;
-    return size + (more > 4 ? more : 4);
+  int64_t check_after(int64_t size, const KrylovOptions& options) const {
+    const int64_t more = n_ < 256 ? 3 * size / 4 : size / 3, least = options.first_check / 2;
+    return size + (more > least ? more : least);
   }
 
   // Appends the block w to the basis, applies the operator, and leaves the remainder in w.

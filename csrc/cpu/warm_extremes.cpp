@@ -14,18 +14,14 @@ namespace tscnc::TSCNC_ISA {
 namespace {
 
 constexpr int kMostPasses = 6;
-// Below this side the factorisations take no longer.
-constexpr int64_t kLeastSide = 16;
+// Below these sides the factorisations take no longer.
+constexpr int64_t kLeastSide = 16, kLeastSquare = 256;
 // Relative errors of sigma_max and sigma_min to stop at, as the bound has them: the promised ones.
 // What happened is smaller by an order of magnitude or more.
 constexpr double kWarmError[2] = {1e-5, 1e-3};
 // Largest ratio of the squared singular values: without a factor sigma_min converges no better than
 // its gap relative to sigma_max^2, and rounding of the lanes grows with this ratio.
 constexpr double kWarmSpread = 900;
-// What of the second vectors is random, so that a direction which the start lacks grows from call
-// to call.
-constexpr double kExploration = 1e-3;
-
 // Ends: 2, or 1 for sigma_max alone. The block holds two vectors per end, the first of each end
 // first.
 template <class T, int Ends>
@@ -70,15 +66,13 @@ class WarmExtremes {
   }
 
   bool start(const double* warm, int64_t stride) {
-    const double scale = kExploration * std::sqrt(3.0 / static_cast<double>(n_));
     for (int k = 0; k < kBlock; ++k) {
       const int end = k % Ends, depth = k / Ends;
       double* x = basis(k);
       zero(x, ld_);
       copy(x, warm + (2 * end + depth) * stride, n_);
       if (normalise(x, ld_) == 0) return false;
-      const uint64_t column = (1u << 13) + static_cast<uint64_t>(end);
-      for (int64_t j = 0; j < n_ && depth == 1; ++j) x[j] += scale * counter_uniform(column, j);
+      if (depth == 1) explore(x, n_, (1u << 13) + static_cast<uint64_t>(end));
       remove_dead(x);
       if (!append(k)) return false;
     }
@@ -231,7 +225,8 @@ bool solve_by_passes(const SpectralMatrix& matrix, const SpectralOptions& option
   // Removed lines of the small side, or a structural null space, are the factorisations'.
   const int64_t n = small_side(matrix);
   const bool whole = small_kept(matrix) == nullptr && matrix.structural_rank == n;
-  const bool starts = warm != nullptr && n >= kLeastSide && !options.power && !options.certify;
+  const bool square = matrix.rows == matrix.cols && !options.largest_only;
+  const bool starts = warm != nullptr && n >= (square ? kLeastSquare : kLeastSide) && !options.power && !options.certify;
   bool found = false;
   dispatch_dtype(matrix.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

@@ -8,23 +8,20 @@
 #include "launch.cuh"
 #include "spectral_bounds.cuh"
 #include "spectral_measure.cuh"
+#include "spectral_target.cuh"
 
 namespace tscnc::cuda {
 
 namespace {
 
-// Bits of `flags`, as on the CPU.
-constexpr int64_t kRankDeficient = 1, kShifted = 2, kCapReached = 4;
-// A larger estimated error of a singular value raises kCapReached.
-constexpr double kPromisedError = 1e-3;
 // Beyond this condition number the Gram matrix does not resolve the smallest singular value.
 constexpr double kGramCondition = 3e7;
 constexpr int kNullSteps = 3;
 
 __host__ __device__ int64_t workspace_of(const SpectralJob& job) {
   const int64_t n = smaller_side(job);
-  // Gram matrix, two bases and a null space; four images.
-  return 4 * n * n + 4 * larger_side(job);
+  // Gram matrix, two bases and a null space; four images. Larger ones are not this kernel's.
+  return n > kSmallSide ? 0 : 4 * n * n + 4 * larger_side(job);
 }
 
 struct ForwardCall {
@@ -32,70 +29,13 @@ struct ForwardCall {
   SpectralOutputs out;
   const double* warm;
   double* workspace;
-};
-
-// What one block writes, and where.
-struct Target {
-  const SpectralOutputs& out;
-  const SpectralPlace& place;
-  const SpectralJob& job;
-  bool is_certified;
-
-  __device__ double* left(int end) const { return out.left + end * out.rows + place.row; }
-  __device__ double* right(int end) const { return out.right + end * out.cols + place.col; }
-  __device__ double* block(int row) const { return out.block + row * out.smaller + place.smaller; }
-
-  __device__ void clear() const {
-    for (int end = 0; end < kEnds; ++end) {
-      for (int64_t i = threadIdx.x; i < job.rows; i += kSpectralThreads) left(end)[i] = 0;
-      for (int64_t i = threadIdx.x; i < job.cols; i += kSpectralThreads) right(end)[i] = 0;
-    }
-    const int64_t n = smaller_side(job);
-    for (int64_t i = threadIdx.x; i < 2 * kTiedRows * n; i += kSpectralThreads) {
-      block(int(i / n))[i % n] = 0;
-    }
-    __syncthreads();
-  }
-
-  // By thread 0.
-  __device__ void write_end(int end, double sigma, double residual, int ties) const {
-    out.sigma[end * out.count + place.index] = sigma;
-    out.residual[2 * place.index + end] = residual;
-    out.ties[2 * place.index + end] = ties;
-  }
-
-  // A matrix without a spectrum: zero, or not finite.
-  __device__ void write_degenerate(double value, int64_t flags, bool largest_only) const {
-    for (int end = 0; end < (largest_only ? 1 : kEnds); ++end) {
-      for (int64_t i = threadIdx.x; i < job.rows; i += kSpectralThreads) left(end)[i] = value;
-      for (int64_t i = threadIdx.x; i < job.cols; i += kSpectralThreads) right(end)[i] = value;
-    }
-    if (threadIdx.x != 0) return;
-    for (int end = 0; end < kEnds; ++end) {
-      const double known = end == 1 && largest_only ? 0 : value;
-      write_end(end, known, known, 1);
-    }
-    out.flags[place.index] = flags;
-    double* bounds = out.bounds + 6 * place.index;
-    for (int i = 0; i < 6 && is_certified; ++i) bounds[i] = i < 4 ? value : value + INFINITY;
-  }
-
-  // Two vectors per end, for the next call to start from.
-  __device__ void write_state() const {
-    __syncthreads();
-    const int64_t n = smaller_side(job);
-    for (int64_t i = threadIdx.x; i < 4 * n; i += kSpectralThreads) {
-      const int64_t row = i / n, j = i % n;
-      out.state[row * out.smaller + place.smaller + j] =
-          block(int(row / 2 * kTiedRows + row % 2))[j];
-    }
-  }
+  const int32_t* settled;  // null, or a counter block per matrix
 };
 
 // Solves one matrix; every member is the same for all threads unless it says otherwise.
 class Solver {
  public:
-  __device__ Solver(const SpectralJob& job, const ForwardCall& call, const Target& target,
+  __device__ Solver(const SpectralJob& job, const ForwardCall& call, const SpectralTarget& target,
                     SpectralShared* shared, double* factor)
       : job_(job), settings_(call.settings), call_(call), target_(target), m_(larger_side(job)) {
     const int64_t n = smaller_side(job);
@@ -331,7 +271,7 @@ class Solver {
   const SpectralJob& job_;
   const SpectralSettings& settings_;
   const ForwardCall& call_;
-  const Target& target_;
+  const SpectralTarget& target_;
   SpectralProblem p_;
   int64_t m_;
   double scale_ = 1;
@@ -352,14 +292,18 @@ __global__ void __launch_bounds__(kSpectralThreads, 1)
   const int index = blockIdx.x;
   const SpectralPlace place = place_of(table, index, workspace_of);
   const SpectralJob& job = table.jobs[index];
-  const Target target = {call.out, place, job, call.settings.certify};
+  if (call.settled != nullptr && call.settled[place.index * kWarmCounters + kSettled] != 0) return;
+  const SpectralTarget target = {call.out, place, job, call.settings.certify};
   Solver(job, call, target, shared, reinterpret_cast<double*>(shared + 1)).run();
 }
 
 // What the threads share, and the factor, whose place the panels of the Gram matrix take before.
 size_t shared_bytes(const SpectralTable& table) {
   int64_t most = 0;
-  for (int i = 0; i < table.count; ++i) most = std::max(most, smaller_side(table.jobs[i]));
+  for (int i = 0; i < table.count; ++i) {
+    const int64_t n = smaller_side(table.jobs[i]);
+    if (n <= kSmallSide) most = std::max(most, n);
+  }
   const int64_t panel = kGramDepth * kGramWidth;
   const int64_t elements = std::max<int64_t>(triangle_size(int(most)), panel);
   return sizeof(SpectralShared) + sizeof(double) * size_t(elements);
@@ -376,11 +320,12 @@ int64_t extreme_singular_values_workspace(const SpectralJob* jobs, int64_t count
 cudaError_t launch_extreme_singular_values(const SpectralJob* jobs,
                                            const SpectralSettings& settings, const double* warm,
                                            const SpectralOutputs& outputs, double* workspace,
-                                           cudaStream_t stream) {
+                                           const int32_t* settled, cudaStream_t stream) {
   for (int64_t i = 0; i < outputs.count; ++i) {
-    if (smaller_side(jobs[i]) > kSmallSide) return cudaErrorInvalidValue;
+    // What is larger must have been settled, which only the GPU can tell.
+    if (smaller_side(jobs[i]) > kSmallSide && settled == nullptr) return cudaErrorInvalidValue;
   }
-  const ForwardCall call = {settings, outputs, warm, workspace};
+  const ForwardCall call = {settings, outputs, warm, workspace, settled};
   return for_each_table(jobs, outputs.count, workspace_of, [&](const SpectralTable& table) {
     return launch(extreme_singular_values_kernel, dim3(unsigned(table.count)),
                   dim3(kSpectralThreads), shared_bytes(table), stream, table, call);

@@ -44,11 +44,26 @@ struct SpectralOutputs {
 int64_t extreme_singular_values_workspace(const SpectralJob* jobs, int64_t count);
 
 // For matrices whose smaller side is at most kSmallSide, a block each. jobs: on the host. warm: the
-// state of an earlier call, or null.
+// state of an earlier call, or null. settled: null, or the counters of the warm launch before,
+// whose results are kept where it settled them.
 cudaError_t launch_extreme_singular_values(const SpectralJob* jobs,
                                            const SpectralSettings& settings, const double* warm,
                                            const SpectralOutputs& outputs, double* workspace,
-                                           cudaStream_t stream);
+                                           const int32_t* settled, cudaStream_t stream);
+
+// Counters of a matrix in a warm launch, and the one that is not 0 once the matrix needs no more.
+constexpr int kWarmCounters = 20, kSettled = 19;
+
+// Elements of double workspace of the warm launch.
+int64_t warm_singular_values_workspace(const SpectralJob* jobs, int64_t count);
+
+// For matrices of any size close to those whose state is `warm`, by passes over the matrices alone:
+// everything in one launch. Neither power nor certify. What is not accepted stays for
+// launch_extreme_singular_values up to kSmallSide, and keeps what was found beyond, with the flag
+// that says so. counters: kWarmCounters per matrix, cleared here.
+cudaError_t launch_warm_singular_values(const SpectralJob* jobs, const SpectralSettings& settings,
+                                        const double* warm, const SpectralOutputs& outputs,
+                                        double* workspace, int32_t* counters, cudaStream_t stream);
 
 // What the forward call returned, and the gradient of its sigma, (2, count).
 struct SpectralResults {

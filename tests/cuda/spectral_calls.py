@@ -75,6 +75,38 @@ def make_problem(
     return Problem(held, jobs, sizes)
 
 
+class RawOutputs:
+    """The raw op's outputs between guards, and the table that points to them."""
+
+    def __init__(self, problem: Problem, certify: bool) -> None:
+        count, rows, cols, smaller = problem.sizes
+        self.shapes = {
+            "sigma": (2, count),
+            "left": (2, rows),
+            "right": (2, cols),
+            "block": (2 * MAX_TIES, smaller),
+            "state": (4, smaller),
+            "rank": (count,),
+            "residual": (count, 2),
+            "flags": (count,),
+            "ties": (count, 2),
+            "bounds": (count if certify else 0, 3, 2),
+        }
+        self.held = {}
+        for name, shape in self.shapes.items():
+            is_count = name in ("rank", "flags", "ties")
+            dtype = torch.int64 if is_count else torch.float64
+            self.held[name] = GuardedTensor(torch.Size(shape).numel(), dtype)
+        addresses = (self.held[name].tensor.data_ptr() for name in (*OUTPUTS, "bounds"))
+        self.table = Outputs(*addresses, *problem.sizes)
+
+    def read(self, problem: Problem) -> list[Tensor]:
+        """The outputs, after checking the guards around them and around the inputs."""
+        for guarded in (*self.held.values(), *problem.held):
+            guarded.check()
+        return [self.held[name].tensor.view(shape) for name, shape in self.shapes.items()]
+
+
 def solve(
     library: EmulatedLibrary,
     problem: Problem,
@@ -86,43 +118,67 @@ def solve(
     certify: bool = False,
     largest_only: bool = False,
     every_order: bool = False,
+    settled: Sequence[bool] | None = None,
 ) -> Raw:
-    """The raw op's outputs; every_order: checked to be the same in every order of the threads."""
-    count, rows, cols, smaller = problem.sizes
+    """The raw op's outputs; every_order: checked to be the same in every order of the threads.
+
+    settled: what a warm launch would have settled, whose outputs are not written.
+    """
+    count = problem.sizes[0]
     size = library.function("workspace", c_int64, c_void_p, c_int64)(problem.jobs, count)
-    launch = library.function("extreme_singular_values", c_int, *(c_void_p,) * 5)
+    launch = library.function("extreme_singular_values", c_int, *(c_void_p,) * 6)
     settings = Settings(tie_tol, structural, power, certify, largest_only)
-    shapes = {
-        "sigma": (2, count),
-        "left": (2, rows),
-        "right": (2, cols),
-        "block": (2 * MAX_TIES, smaller),
-        "state": (4, smaller),
-        "rank": (count,),
-        "residual": (count, 2),
-        "flags": (count,),
-        "ties": (count, 2),
-        "bounds": (count if certify else 0, 3, 2),
-    }
+    counters = None
+    if settled is not None:
+        counters = torch.zeros(count, library.function("warm_counters", c_int)()).int()
+        counters[:, library.function("settled_counter", c_int)()] = torch.tensor(settled).int()
 
     def once() -> list[Tensor]:
-        outputs = {}
-        for name, shape in shapes.items():
-            is_count = name in ("rank", "flags", "ties")
-            dtype = torch.int64 if is_count else torch.float64
-            outputs[name] = GuardedTensor(torch.Size(shape).numel(), dtype)
+        outputs = RawOutputs(problem, certify)
         workspace = GuardedTensor(size, torch.float64)
-        addresses = (outputs[name].tensor.data_ptr() for name in (*OUTPUTS, "bounds"))
-        table = Outputs(*addresses, *problem.sizes)
         warm = None if state is None else state.data_ptr()
         address = workspace.tensor.data_ptr()
-        library.call(launch, problem.jobs, byref(settings), warm, byref(table), address)
-        for guarded in (workspace, *outputs.values(), *problem.held):
-            guarded.check()
-        return [outputs[name].tensor.view(shape) for name, shape in shapes.items()]
+        table = byref(outputs.table)
+        kept = None if counters is None else counters.data_ptr()
+        library.call(launch, problem.jobs, byref(settings), warm, table, address, kept)
+        workspace.check()
+        return outputs.read(problem)
 
     found = library.run_in_every_order(once) if every_order else once()
     return tuple(found)  # type: ignore[return-value]
+
+
+def solve_warm(
+    library: EmulatedLibrary,
+    problem: Problem,
+    state: Tensor,
+    *,
+    tie_tol: float = 1e-4,
+    structural: bool = False,
+    largest_only: bool = False,
+    every_order: bool = False,
+) -> tuple[Raw, list[bool]]:
+    """The outputs of the warm launch, and which matrices it settled; the others' are unwritten."""
+    count = problem.sizes[0]
+    size = library.function("warm_workspace", c_int64, c_void_p, c_int64)(problem.jobs, count)
+    stride = library.function("warm_counters", c_int)()
+    place = library.function("settled_counter", c_int)()
+    launch = library.function("warm_singular_values", c_int, *(c_void_p,) * 6)
+    settings = Settings(tie_tol, structural, False, False, largest_only)
+
+    def once() -> list[Tensor]:
+        outputs = RawOutputs(problem, False)
+        workspace = GuardedTensor(size, torch.float64)
+        counters = GuardedTensor(count * stride, torch.int32)
+        addresses = workspace.tensor.data_ptr(), counters.tensor.data_ptr()
+        table = byref(outputs.table)
+        library.call(launch, problem.jobs, byref(settings), state.data_ptr(), table, *addresses)
+        workspace.check()
+        counters.check()
+        return [*outputs.read(problem), counters.tensor.view(count, stride)[:, place].clone()]
+
+    *raw, done = library.run_in_every_order(once) if every_order else once()
+    return tuple(raw), (done != 0).tolist()  # type: ignore[return-value]
 
 
 def gradients(

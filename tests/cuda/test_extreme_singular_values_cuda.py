@@ -225,6 +225,16 @@ def test_a_warm_start_changes_no_value(library: EmulatedLibrary) -> None:
             check_matrix(raw, index, moved)
 
 
+def test_what_a_warm_launch_settled_is_left_alone(library: EmulatedLibrary) -> None:
+    matrices = [gaussian(30, 22), gaussian(140, 150), gaussian(16, 25)]
+    start = solve(library, make_problem([gaussian(30, 22), gaussian(16, 25)]))[4]
+    state = torch.cat([start[:, :22], torch.zeros(4, 140), start[:, 22:]], dim=1)
+    settled = [True, True, False]
+    raw = solve(library, make_problem(matrices), state=state, settled=settled)
+    assert raw[0][:, :2].isnan().all() and raw[1][:, :170].isnan().all()
+    check_matrix(raw, 2, matrices)
+
+
 def test_a_matrix_that_is_too_large_is_an_error(library: EmulatedLibrary) -> None:
     with pytest.raises(EmulationError, match="cudaError 1"):
         solve(library, make_problem([torch.zeros(129, 129)]))

@@ -140,6 +140,10 @@ T atomicCAS(T* address, T compare, T value) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+// Blocks run one after the other: what a block waits for with it has happened, or never will.
+inline void __nanosleep(unsigned, unsigned line = __builtin_LINE()) {
+  emulation::fail("waits for a block that did not run before", "a __nanosleep", line);
+}
 
 // Other intrinsics.
 

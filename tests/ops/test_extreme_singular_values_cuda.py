@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.spectra import exact, gaussian, with_spectrum
 from tests.op_suite import check_close
-from tscnc_kernels import SparsityPattern, extreme_singular_values
+from tscnc_kernels import SparsityPattern, _spectral_large, extreme_singular_values
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT, unpack
 from tscnc_kernels._spectral_cuda import extreme_singular_values as solve
 
@@ -116,6 +116,76 @@ def test_large_largest_alone_power_and_warm_start():
         check_vectors(moved, again, 0, 1e-5)
 
 
+@pytest.mark.parametrize("passes", [False, True])
+def test_warm_starts_of_large_and_small_matrices(passes):
+    shapes = (300, 140), (7, 5), (140, 420), (64, 64), (130, 130)
+    dtypes = torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64
+    matrices = [gaussian(*shape, seed) for seed, shape in enumerate(shapes)]
+    matrices = [matrix.to(dtype) for matrix, dtype in zip(matrices, dtypes, strict=True)]
+    state = call(matrices)[1].state
+    moved = [m + 1e-3 * gaussian(*m.shape, seed=9).to(m.dtype) for m in matrices]
+    for _ in range(2):
+        raw, result = call(moved, state=state, passes=passes)
+        state = result.state
+        for index, matrix in enumerate(moved):
+            s = exact(matrix.double())
+            assert result.sigma_max[index].item() == pytest.approx(s[0].item(), rel=1e-5)
+            assert result.sigma_min[index].item() == pytest.approx(s[-1].item(), rel=1e-3)
+            u, v = result.u_max[index], result.v_max[index]
+            a, sigma = matrix.double(), result.sigma_max[index].double()
+            rest = math.hypot(
+                (a @ v.double() - sigma * u).norm(), (a.mT @ u.double() - sigma * v).norm()
+            )
+            assert rest <= 1e-3 * s[0] and u.norm().item() == pytest.approx(1)
+        assert not (result.flags & CAP_REACHED).any() and (raw[8] == 1).all()
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_large_degenerate_matrices_from_a_state(passes):
+    spoiled, nothing, copied = gaussian(300, 140), torch.zeros(140, 300), gaussian(300, 140)
+    state = call([copied] * 3)[1].state
+    spoiled[3, 4] = math.nan
+    copied[:, 5] = copied[:, 9]
+    _, result = call([spoiled, nothing, copied], state=state, passes=passes)
+    assert result.sigma_max.isnan().tolist() == [True, False, False]
+    assert result.sigma_max[1] == 0 and result.sigma_min[1:].tolist() == [0, 0]
+    assert (result.flags & RANK_DEFICIENT).tolist() == [0, 1, 1]
+    assert result.state.isfinite().all()
+
+
+def test_a_large_matrix_is_factored_for_its_smallest_end_alone(monkeypatch):
+    starts = []
+
+    def noted(a, end, *rest):
+        starts.append(end)
+        return space(a, end, *rest)
+
+    space = _spectral_large._space
+    monkeypatch.setattr(_spectral_large, "_space", noted)
+    matrix = gaussian(300, 140)
+    mask = torch.ones_like(matrix, dtype=torch.bool)
+    state = call([matrix])[1].state
+    assert starts == [0, 1]
+    for expected, settings in (
+        ([1], {}),
+        ([], {"passes": True}),
+        ([], {"largest_only": True}),
+        ([0, 1], {"power": True}),
+        ([0, 1], {"certify": True}),
+    ):
+        starts.clear()
+        call([matrix], state=state, **settings)
+        assert starts == expected, settings
+    starts.clear()
+    call([matrix.double()], state=state, passes=True)
+    assert starts == [0, 1], "squares of float64 may leave the range of passes"
+    # A null space that the pattern makes is found by the factor.
+    mask[:, 3] = False
+    starts.clear()
+    call([matrix], [mask], state=state, passes=True, structural=True)
+    assert starts == [1]
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1e300])
 def test_large_float64_range(scale):
     matrix = gaussian(150, 130, dtype=torch.float64)
@@ -150,6 +220,70 @@ def test_nothing_waits_for_the_gpu_and_graphs_replay(shape):
 
     def step():
         result = extreme_singular_values(matrices)
+        loss = (result.sigma_max / result.sigma_min).sum()
+        return [result.sigma_max, *torch.autograd.grad(loss, matrices)]
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for actual, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["auto", "passes"])
+def test_warm_values_and_gradients_agree_with_the_reference(dtype, method):
+    shapes = (5, 3), (16, 400), (64, 64), (128, 300), (512, 130), (140, 5000)
+    matrices = on_gpu([gaussian(*shape) for shape in shapes], dtype)
+    state = extreme_singular_values(matrices).state
+    moved = [m.detach() + 1e-3 * gaussian(*m.shape, seed=9).to(m) for m in matrices]
+    found = []
+    for backend in ("native", "reference"):
+        inputs = [matrix.clone().requires_grad_() for matrix in moved]
+        result = extreme_singular_values(inputs, state=state, method=method, backend=backend)
+        loss = (result.sigma_max + result.sigma_min).sum()
+        found.append([result.sigma_max, result.sigma_min, *torch.autograd.grad(loss, inputs)])
+        assert not (result.flags & CAP_REACHED).any()
+    for actual, expected in zip(*found, strict=True):
+        check_close(actual, expected, 2e-2, "value or gradient")
+
+
+@needs_gpu
+@pytest.mark.parametrize("ends", ["both", "max"])
+def test_warm_passes_are_the_same_every_time(ends):
+    matrices = on_gpu([gaussian(64, 576), gaussian(512, 4608), gaussian(1000, 512)], torch.float32)
+    state = extreme_singular_values(matrices).state
+    moved = [m.detach() + 1e-3 * gaussian(*m.shape, seed=9).to(m) for m in matrices]
+
+    def step():
+        return extreme_singular_values(moved, state=state, method="passes", ends=ends)
+
+    first = step()
+    for _ in range(20):
+        again = step()
+        for actual, expected in zip(
+            again[:2] + again[-4:-1], first[:2] + first[-4:-1], strict=True
+        ):
+            assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["auto", "passes"])
+def test_nothing_waits_for_the_gpu_from_a_state(method):
+    matrices = on_gpu([gaussian(64, 576), gaussian(300, 1000), gaussian(128, 128)], torch.float32)
+    state = extreme_singular_values(matrices).state
+
+    def step():
+        result = extreme_singular_values(matrices, state=state, method=method)
         loss = (result.sigma_max / result.sigma_min).sum()
         return [result.sigma_max, *torch.autograd.grad(loss, matrices)]
 

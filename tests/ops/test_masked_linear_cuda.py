@@ -108,11 +108,11 @@ def test_a_weight_that_is_masked_already_costs_nothing_to_mask():
 
 
 def test_few_samples_of_half_types_read_narrow_columns():
-    kept, wide, values = pattern(8, 64), pattern(2, (1 << 15) + 1), torch.zeros(1)
+    kept, wide = pattern(8, 64), pattern(2, (1 << 15) + 1)
 
     def columns(algorithm="small_batch", dtype=torch.bfloat16, of=kept):
         input = SimpleNamespace(is_cuda=True, dtype=dtype)
-        return columns_for(algorithm, input, values, of)
+        return columns_for(algorithm, input, torch.empty(of.nnz, dtype=dtype), of)
 
     narrow = columns()
     assert narrow.dtype == torch.uint16 and torch.equal(narrow.int(), kept.columns)
@@ -120,9 +120,9 @@ def test_few_samples_of_half_types_read_narrow_columns():
     for other in (columns("panel"), columns(dtype=torch.float32)):
         assert other is kept.columns
     assert columns(of=wide) is wide.columns
-    on_cpu = torch.ones(2, 64).half()
-    assert columns_for("small_batch", on_cpu, values, kept) is kept.columns
-    assert columns_for("spmv", on_cpu[:1], values, kept) is narrow
+    values, input = torch.empty(kept.nnz), torch.ones(2, 64)
+    assert columns_for("small_batch", input, values, kept) is kept.columns
+    assert columns_for("spmv", input, torch.empty(8, 64), kept) is kept.columns
 
 
 class OnCuda:

@@ -22,7 +22,7 @@ once, in float32 unless A is float64:
 
     from a state    both ends in one block Krylov space of the state's four vectors; where |r|²/gap
                     of its Ritz pairs, an estimate of the error, stays large for a few steps, or
-                    pairs are tied, the way above
+                    pairs are tied, the way above (CUDA: see _spectral_cuda.py)
     ends="max"      block Lanczos on AᵀA alone
 
 Source: Golub & Van Loan, Matrix Computations, chapters 8 and 10 (tridiagonal form, Lanczos, inverse
@@ -35,7 +35,7 @@ Letters: L matrices; matrix i is (rows_i, cols_i).
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ from tscnc_kernels._spectral import (
     RawLists,
     check_state,
     index_of,
+    mean_outer_product,
     output_dtype,
     pack_reference,
     split_lists,
@@ -74,6 +75,7 @@ class _Settings(NamedTuple):
     power: bool
     certify: bool
     largest_only: bool
+    passes: bool
 
 
 def _check(
@@ -95,8 +97,8 @@ def _check(
             )
     if rank not in ("full", "structural"):
         raise ValueError(f'expected rank to be "full" or "structural", got {rank!r}')
-    if method not in ("auto", "power"):
-        raise ValueError(f'expected method to be "auto" or "power", got {method!r}')
+    if method not in ("auto", "passes", "power"):
+        raise ValueError(f'expected method to be "auto", "passes" or "power", got {method!r}')
     if ends not in ("both", "max"):
         raise ValueError(f'expected ends to be "both" or "max", got {ends!r}')
     if certify and ends == "max":
@@ -151,25 +153,6 @@ def reference(
     return torch.stack(columns, dim=1)
 
 
-def _mean_outer_product(tall: Tensor, value: Tensor, svd: Any, tie_tol: float) -> Tensor:
-    """Mean of u vᵀ over the values tied with `value`; its derivative is perturbation theory's.
-
-    V is the SVD's V plus its first-order change with A, so that no derivative divides by the
-    difference of tied values, which is where differentiating an SVD gives NaN.
-    """
-    s, v = svd.S, svd.Vh.mT
-    tied = (s - value).abs() <= tie_tol * value
-    gram = tall.mT @ tall
-    gaps = s[None, :] ** 2 - s[:, None] ** 2
-    separate = tied[None, :] & ~tied[:, None]
-    inverse_gaps = torch.where(separate, 1 / torch.where(separate, gaps, 1.0), 0.0)
-    moved = v + v @ ((v.mT @ (gram - gram.detach()) @ v) * inverse_gaps)
-    u = tall @ moved
-    lengths = torch.where(tied, torch.linalg.vector_norm(u, dim=0), 1.0)
-    weights = torch.where(tied & (value > 0), 1 / torch.where(value > 0, lengths, 1.0), 0.0)
-    return (u * weights) @ moved.mT / tied.sum().clamp(min=1)
-
-
 def reference_backward(
     grad_sigma: Tensor,
     matrices: Sequence[Tensor],
@@ -188,7 +171,7 @@ def reference_backward(
         ends = _ends(svd.S, _last(index, w, structures, structural), w.shape)
         gradient = torch.zeros_like(tall)
         for end in (0, 1):
-            mean = _mean_outer_product(tall, ends[end], svd, tie_tol)
+            mean = mean_outer_product(tall, ends[end], svd, tie_tol)
             gradient = gradient + grad_sigma[end, index] * mean
         gradient = gradient if w.shape[0] >= w.shape[1] else gradient.mT
         gradient = torch.where(finite, gradient, torch.nan)
@@ -216,6 +199,7 @@ def _(
     power: bool,
     certify: bool,
     largest_only: bool,
+    passes: bool = False,
 ) -> Raw:
     count = len(matrices)
     rows, cols = (sum(matrix.shape[side] for matrix in matrices) for side in (0, 1))
@@ -313,7 +297,7 @@ def extreme_singular_values(
     *,
     rank: Literal["full", "structural"] = "full",
     tie_tol: float = 1e-4,
-    method: Literal["auto", "power"] = "auto",
+    method: Literal["auto", "passes", "power"] = "auto",
     certify: bool = False,
     ends: Literal["both", "max"] = "both",
     backend: str | None = None,
@@ -336,13 +320,18 @@ def extreme_singular_values(
             have moved little, a well-conditioned one costs one to three reads. The start of another
             matrix costs time, not accuracy, as long as its vectors are not singular vectors of this
             one by accident of structure: those of a block of a block-diagonal matrix may hide the
-            others for some calls, until the random part of the start has found them.
+            others for some calls, until the random part of the start has found them. On CUDA it may
+            cost accuracy of σ_max above a smaller side of 128, with CAP_REACHED: nothing else
+            follows there after a few reads.
         rank: "full": σ_min at r = min(rows_i, cols_i), 0 when the matrix is rank deficient.
             "structural": dead rows and columns are removed and r is the structural rank, the
             largest that the pattern allows.
         tie_tol: singular values within this relative distance of the extreme one count as tied with
             it, and the gradient is the mean over them (at most 16).
-        method: "auto", or "power" for power iteration and inverse power iteration, the classic
+        method: "auto"; "passes" for σ_min from a state on CUDA by passes over the matrix alone,
+            where "auto" factors a matrix whose smaller side is above 128: one launch for the whole
+            list, but CAP_REACHED where that proves too little, as for square and badly conditioned
+            matrices; or "power" for power iteration and inverse power iteration, the classic
             baseline.
         certify: also compute `bounds`, which costs up to a few more factorisations, and the Gram
             matrix even from a state.
@@ -387,7 +376,12 @@ def extreme_singular_values(
         found = [index_of(p, w) for p, w in zip(patterns, dense, strict=True)]
         lists = RawLists(dense, *map(list, zip(*found, strict=True)))
     settings = _Settings(
-        rank == "structural", float(tie_tol), method == "power", bool(certify), ends == "max"
+        rank == "structural",
+        float(tie_tol),
+        method == "power",
+        bool(certify),
+        ends == "max",
+        method == "passes",
     )
     start = None if state is None else state.detach().contiguous()
     if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in dense):
