@@ -203,7 +203,7 @@ def build_step() -> Step:
 def compile_step(folder: Path) -> Step:
     """Registers, shared memory and spills of every kernel."""
     report = ("-m", "benchmarks.compile_report", "--json", str(folder / "compile_report.json"))
-    return Step("compile report", (sys.executable, *report), limit_s=300)
+    return Step("compile report", (sys.executable, *report), limit_s=450)
 
 
 def steps_with_gpu(folder: Path) -> list[Step]:
