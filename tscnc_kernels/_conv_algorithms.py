@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tscnc_kernels import _backend
+from tscnc_kernels._apply import is_eager
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._build import C
 from tscnc_kernels._conv_geometry import ConvGeometry, is_channels_last
@@ -77,6 +79,22 @@ def choose(
         return Algorithms(DENSE, DENSE, DENSE)
     name = "batch" if not on_cuda and _fills_lanes(input_shape[0]) else "plane"
     return Algorithms(name, name, name)
+
+
+def choose_for(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    geometry: ConvGeometry,
+    held: bool,
+    backend: str | None,
+    algorithm: str | None,
+) -> Choice:
+    """`choose` for the arguments of masked_conv2d, one image among them."""
+    chosen = _backend.select("masked_conv2d", input.device, backend)
+    images = input if input.dim() == 4 else input.unsqueeze(0)
+    call = conv_call(images, weight, geometry, held) if is_eager() else None
+    return choose(pattern, geometry, chosen, images.shape, call, algorithm)
 
 
 def keeps_size(geometry: ConvGeometry, input_shape: Sequence[int]) -> bool:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tscnc_kernels.sparsity import SparsityPattern
+
 IntPair = int | Sequence[int]
 
 
@@ -99,6 +101,26 @@ def conv_geometry(
     reach = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, spread, strict=True)]
     (top, left), (bottom, right) = [r // 2 for r in reach], [r - r // 2 for r in reach]
     return ConvGeometry(kernel, steps, (top, bottom, left, right), spread, groups)
+
+
+def pattern_geometry(
+    pattern: SparsityPattern,
+    stride: IntPair,
+    padding: IntPair | str,
+    dilation: IntPair,
+    groups: int,
+) -> ConvGeometry:
+    """The geometry of a convolution whose weight has a pattern; errors as of `conv_geometry`, and
+    for a pattern of another kind or shape.
+    """
+    if not isinstance(pattern, SparsityPattern):
+        raise TypeError(f"expected pattern to be a SparsityPattern, got {type(pattern).__name__}")
+    if len(pattern.shape) != 4:
+        raise ValueError(
+            f"expected a pattern of shape (out, in / groups, kh, kw), got {pattern.shape}"
+        )
+    kernel = pattern.shape[2], pattern.shape[3]
+    return conv_geometry(kernel, stride, padding, dilation, groups)
 
 
 def is_channels_last(images: Tensor) -> bool:

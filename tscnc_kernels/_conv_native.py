@@ -1,7 +1,6 @@
 """The native ops of masked_conv2d on the kept entries (csrc/masked_conv2d.cpp)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,54 +11,6 @@ from tscnc_kernels._conv_algorithms import SPARSE
 from tscnc_kernels._conv_geometry import ConvGeometry, is_channels_last
 from tscnc_kernels._vmap import register_loop_vmap
 from tscnc_kernels.sparsity import SparsityPattern
-
-
-def _new_images(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(*shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-@torch.library.register_fake("tscnc_kernels::masked_conv2d")
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_pointers: Tensor,
-    columns: Tensor,
-    geometry: Sequence[int],
-    activation: int,
-    algorithm: int,
-    channels_last: bool,
-    save_preactivation: bool,
-) -> tuple[Tensor, Tensor]:
-    kernel, stride, dilation = [(geometry[i], geometry[i + 1]) for i in (0, 2, 8)]
-    top, bottom, left, right = geometry[4:8]
-    shape = ConvGeometry(kernel, stride, (top, bottom, left, right), dilation, geometry[10])
-    batch, rows = input.shape[0], row_pointers.shape[0] - 1
-    size = rows, *shape.output_size(*input.shape[2:])
-    saved = _new_images(input, (batch if save_preactivation else 0, *size), channels_last)
-    return _new_images(input, (batch, *size), channels_last), saved
-
-
-@torch.library.register_fake("tscnc_kernels::masked_conv2d_backward")
-def _(
-    grad_output: Tensor,
-    saved: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    row_pointers: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    channels_last, needs_input, needs_weight, needs_bias = rest[-4:]
-    grad_input = input.new_empty((0,))
-    if needs_input:
-        grad_input = _new_images(input, input.shape, channels_last)
-    return (
-        grad_input,
-        input.new_empty(weight.shape if needs_weight else (0,)),
-        input.new_empty((row_pointers.shape[0] - 1 if needs_bias else 0,)),
-    )
-
 
 _ops = torch.ops.tscnc_kernels
 for _name in ("masked_conv2d", "masked_conv2d_backward"):

@@ -27,13 +27,11 @@ def columns_for(algorithm: str, input: Tensor, weight: Tensor, pattern: Sparsity
     if algorithm == "blocked":
         return pattern.blocked_rows
     if input.is_cuda:
-        is_few = algorithm != "panel" and input.dtype.itemsize == 2
-        return (
-            pattern.narrow_columns
-            if is_few and pattern.matrix_shape[1] <= _NARROW
-            else pattern.columns
-        )
-    return pattern.narrow_columns if algorithm == "spmv" and weight.dim() == 1 else pattern.columns
+        is_short = input.dtype.itemsize == 2 and pattern.matrix_shape[1] <= _NARROW
+        is_narrow = algorithm != "panel" and is_short
+    else:
+        is_narrow = algorithm == "spmv" and weight.dim() == 1
+    return pattern.narrow_columns if is_narrow else pattern.columns
 
 
 def native_product(

@@ -1,9 +1,9 @@
-// Gaussian elimination of a square matrix in fp32 with row pivoting, L U = P A, by recursive halving
-// of the columns (Toledo 1997), and the triangular solves with its factors.
+// Gaussian elimination of a square matrix in fp32 with row pivoting, L U = P A, by recursive
+// halving of the columns (Toledo 1997), and the triangular solves with its factors.
 //
-// An n x n matrix is stored row by row with leading dimension eliminated_ld(n), continued by rows of
-// the identity up to eliminated_side(n) and by zero columns. L has a diagonal of ones, not stored,
-// and fills what lies below that of U.
+// An n x n matrix is stored row by row with leading dimension eliminated_ld(n), continued by rows
+// of the identity up to eliminated_side(n) and by zero columns. L has a diagonal of ones, not
+// stored, and fills what lies below that of U.
 #pragma once
 
 #include <cmath>
@@ -59,9 +59,7 @@ class Elimination {
 
   float* at(int64_t row, int64_t col) { return a_ + row * ld_ + col; }
   const float* at(int64_t row, int64_t col) const { return a_ + row * ld_ + col; }
-  static int64_t half_of(int64_t width) {
-    return (width / 2 + kNarrow - 1) / kNarrow * kNarrow;
-  }
+  static int64_t half_of(int64_t width) { return (width / 2 + kNarrow - 1) / kNarrow * kNarrow; }
 
   // Columns [first, first + width) of the rows from `first` on; swaps whole rows.
   bool factor(int64_t first, int64_t width) {
@@ -240,10 +238,10 @@ class Elimination {
   static Four sum_each(const Vec<float>* values) {
     using Places __attribute__((vector_size(4 * sizeof(int32_t)))) = int32_t;
     const Four a = fold(values[0]), b = fold(values[1]), c = fold(values[2]), d = fold(values[3]);
-    const Four ab = __builtin_shuffle(a, b, Places{0, 4, 1, 5}) +
-                    __builtin_shuffle(a, b, Places{2, 6, 3, 7});
-    const Four cd = __builtin_shuffle(c, d, Places{0, 4, 1, 5}) +
-                    __builtin_shuffle(c, d, Places{2, 6, 3, 7});
+    const Four ab =
+        __builtin_shuffle(a, b, Places{0, 4, 1, 5}) + __builtin_shuffle(a, b, Places{2, 6, 3, 7});
+    const Four cd =
+        __builtin_shuffle(c, d, Places{0, 4, 1, 5}) + __builtin_shuffle(c, d, Places{2, 6, 3, 7});
     return __builtin_shuffle(ab, cd, Places{0, 1, 4, 5}) +
            __builtin_shuffle(ab, cd, Places{2, 3, 6, 7});
   }

@@ -1,5 +1,5 @@
-// The two leading singular pairs of each end, from rough vectors of the small side: their measure on
-// A itself, and what every way to find them shares.
+// The two leading singular pairs of each end, from rough vectors of the small side: their measure
+// on A itself, and what every way to find them shares.
 #pragma once
 
 #include "spectral_workspace.h"

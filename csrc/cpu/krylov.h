@@ -76,8 +76,8 @@ struct KrylovOptions {
 };
 
 struct KrylovResult {
-  double error;  // estimated relative error of the leading eigenvalue
-  int64_t ties;  // leading eigenvalues within tie_gap, at most kMaxTies
+  double error;       // estimated relative error of the leading eigenvalue
+  int64_t ties;       // leading eigenvalues within tie_gap, at most kMaxTies
   double spread = 1;  // the largest Ritz value by the smallest one, infinite where that is not > 0
 };
 
@@ -95,7 +95,8 @@ class KrylovSpace {
     std::memcpy(w0, block, static_cast<size_t>(ld_) * sizeof(double));
     std::memcpy(w1, block + ld_, static_cast<size_t>(ld_) * sizeof(double));
     KrylovResult result = {1, 1};
-    int64_t next_check = options.first_check, applied = 0, first_done = 0, probe_until = 0, probed_ties = 1;
+    int64_t next_check = options.first_check, applied = 0, first_done = 0, probe_until = 0,
+            probed_ties = 1;
     for (;;) {
       expand(apply, limit, w0, w1);
       ++applied;

@@ -1,7 +1,7 @@
-// Both ends of a square matrix without its Gram matrix: the largest from passes over A, the smallest
-// from an fp32 elimination of A, which costs a quarter of an fp64 Gram matrix and its factor and
-// loses u kappa where those would lose u kappa^2. What one step of iterative refinement with
-// residuals in fp64 (Wilkinson 1963) would change tells how good the elimination was.
+// Both ends of a square matrix without its Gram matrix: the largest from passes over A, the
+// smallest from an fp32 elimination of A, which costs a quarter of an fp64 Gram matrix and its
+// factor and loses u kappa where those would lose u kappa^2. What one step of iterative refinement
+// with residuals in fp64 (Wilkinson 1963) would change tells how good the elimination was.
 #pragma once
 
 #include "elimination.h"
@@ -26,9 +26,9 @@ constexpr double kStartedError = 1e-6;
 
 inline bool eliminates(const ExtremePairs& found, bool started) {
   const SpectralMatrix& source = found.source;
-  return source.rows == source.cols && source.kept_rows == nullptr &&
-         source.kept_cols == nullptr && source.dtype != DType::float64 && !found.options.power &&
-         !found.options.certify && found.a.n >= (started ? kLeastEliminatedWarm : kLeastEliminated);
+  return source.rows == source.cols && source.kept_rows == nullptr && source.kept_cols == nullptr &&
+         source.dtype != DType::float64 && !found.options.power && !found.options.certify &&
+         found.a.n >= (started ? kLeastEliminatedWarm : kLeastEliminated);
 }
 
 // Works on the pairs' workspace: the factors in `factor`, the passes' memory in `gram`.
@@ -51,9 +51,8 @@ class SquareExtremes {
                   static_cast<size_t>(lane_ld_ - first) * sizeof(float));
       if (i >= n_ && i < side) lanes_[i * lane_ld_ + i] = 1;
     }
-    dispatch_dtype(pairs_.source.dtype, [&](auto* tag) {
-      copy_rows<std::remove_pointer_t<decltype(tag)>>();
-    });
+    dispatch_dtype(pairs_.source.dtype,
+                   [&](auto* tag) { copy_rows<std::remove_pointer_t<decltype(tag)>>(); });
     double squares = 0;
     for (int64_t i = 0; i < n_; ++i) {
       const float* row = lanes_ + i * lane_ld_;
@@ -149,9 +148,8 @@ class SquareExtremes {
       if (dot(v, v, ld_) == 0) fill_random(v, n_, ld_, column++);
     }
     if (!started) apply_inverse(elimination, v0, v1);
-    pairs_.find_leading(1, limits(started), [&](double* w0, double* w1) {
-      apply_inverse(elimination, w0, w1);
-    });
+    pairs_.find_leading(1, limits(started),
+                        [&](double* w0, double* w1) { apply_inverse(elimination, w0, w1); });
     return trusted(1) && close(elimination);
   }
 

@@ -226,7 +226,8 @@ bool solve_by_passes(const SpectralMatrix& matrix, const SpectralOptions& option
   const int64_t n = small_side(matrix);
   const bool whole = small_kept(matrix) == nullptr && matrix.structural_rank == n;
   const bool square = matrix.rows == matrix.cols && !options.largest_only;
-  const bool starts = warm != nullptr && n >= (square ? kLeastSquare : kLeastSide) && !options.power && !options.certify;
+  const bool starts = warm != nullptr && n >= (square ? kLeastSquare : kLeastSide) &&
+                      !options.power && !options.certify;
   bool found = false;
   dispatch_dtype(matrix.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

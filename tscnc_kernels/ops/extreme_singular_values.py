@@ -15,7 +15,13 @@ power iteration and inverse power iteration.
 Up to n = 256 both ends come from the tridiagonal form of AᵀA instead, and go the way above where
 the vectors' residuals say that the promised error may be missed. Matrices narrower than float64
 (32 ≤ n ≤ 640, m ≥ 1.3 n) do so in float32, and keep the result if κ ≤ 20: an error of u·κ² in v is
-about 1e-5 there, its square in σ nothing. `certify=True` has AᵀA and ‖A v‖ in float64.
+about 1e-5 there, its square in σ nothing. `certify=True` has AᵀA and ‖A v‖ in float64. From n = 257
+on, a few Lanczos steps on the first rows tell beforehand whether κ is too large for that.
+
+Square matrices narrower than float64 need no AᵀA (from n = 257 on, or from a state from n = 16 on):
+σ_max comes from Lanczos by reads of A, σ_min from Lanczos on (AᵀA)⁻¹ through a float32 elimination
+L U = P A, an error of u·κ instead of u·κ². One step of iterative refinement with float64 residuals
+measures what the elimination lost; where that is too much, or values are tied, the ways above.
 
 Two shortcuts form neither AᵀA nor a factor. Each of their steps, Aᵀ(A X) for a few vectors, reads A
 once, in float32 unless A is float64:
@@ -27,9 +33,9 @@ once, in float32 unless A is float64:
 
 Source: Golub & Van Loan, Matrix Computations, chapters 8 and 10 (tridiagonal form, Lanczos, inverse
 iteration, Rayleigh quotients); Dhillon & Parlett 2004 (vectors of a tridiagonal matrix); Golub &
-Underwood 1977 (block Lanczos); Hopcroft & Karp 1973 (structural rank); Demmel 1989 and Rump 2006
-(certificates by Cholesky factorisation). The gradient of a repeated singular value is the
-minimum-norm subgradient.
+Underwood 1977 (block Lanczos); Toledo 1997 (recursive elimination); Hopcroft & Karp 1973
+(structural rank); Demmel 1989 and Rump 2006 (certificates by Cholesky factorisation). The gradient
+of a repeated singular value is the minimum-norm subgradient.
 
 Letters: L matrices; matrix i is (rows_i, cols_i).
 """

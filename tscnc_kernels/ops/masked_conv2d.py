@@ -30,7 +30,7 @@ reductions are ordered, so that results do not depend on threads.
 
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ from tscnc_kernels._apply import eager_apply, is_eager, wants_gradient
 from tscnc_kernels._autocast import cast_operands
 from tscnc_kernels._autotune import DENSE
 from tscnc_kernels._checks import check_masked_operands, check_name
-from tscnc_kernels._conv_algorithms import ALGORITHMS, choose, conv_call
-from tscnc_kernels._conv_geometry import ConvGeometry, IntPair, conv_geometry
+from tscnc_kernels._conv_algorithms import ALGORITHMS, choose_for
+from tscnc_kernels._conv_geometry import ConvGeometry, IntPair, pattern_geometry
 from tscnc_kernels._conv_native import conv_gradients, conv_product
 from tscnc_kernels._known_calls import call_key, known_call, remember_call
 from tscnc_kernels._masked_algorithms import Choice
@@ -101,23 +101,6 @@ def _check(
         )
 
 
-def _geometry(
-    pattern: SparsityPattern,
-    stride: IntPair,
-    padding: IntPair | str,
-    dilation: IntPair,
-    groups: int,
-) -> ConvGeometry:
-    if not isinstance(pattern, SparsityPattern):
-        raise TypeError(f"expected pattern to be a SparsityPattern, got {type(pattern).__name__}")
-    if len(pattern.shape) != 4:
-        raise ValueError(
-            f"expected a pattern of shape (out, in / groups, kh, kw), got {pattern.shape}"
-        )
-    kernel = pattern.shape[2], pattern.shape[3]
-    return conv_geometry(kernel, stride, padding, dilation, groups)
-
-
 def reference(
     input: Tensor,
     weight: Tensor,
@@ -132,7 +115,7 @@ def reference(
     dense_grad: bool = False,
 ) -> Tensor:
     """Plain torch, differentiable to any order."""
-    geometry = _geometry(pattern, stride, padding, dilation, groups)
+    geometry = pattern_geometry(pattern, stride, padding, dilation, groups)
     kernel = masked_weight(weight, pattern, dense_grad)
     return activate(geometry.convolve(input, kernel, bias), activation)
 
@@ -168,30 +151,59 @@ def reference_backward(
     return grad_input, grad_weight, gradient.sum((0, 2, 3)) if needs[2] else None
 
 
+def _new_images(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(*shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+@torch.library.register_fake("tscnc_kernels::masked_conv2d")
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_pointers: Tensor,
+    columns: Tensor,
+    geometry: Sequence[int],
+    activation: int,
+    algorithm: int,
+    channels_last: bool,
+    save_preactivation: bool,
+) -> tuple[Tensor, Tensor]:
+    kernel, stride, dilation = [(geometry[i], geometry[i + 1]) for i in (0, 2, 8)]
+    top, bottom, left, right = geometry[4:8]
+    shape = ConvGeometry(kernel, stride, (top, bottom, left, right), dilation, geometry[10])
+    batch, rows = input.shape[0], row_pointers.shape[0] - 1
+    size = rows, *shape.output_size(*input.shape[2:])
+    saved = _new_images(input, (batch if save_preactivation else 0, *size), channels_last)
+    return _new_images(input, (batch, *size), channels_last), saved
+
+
+@torch.library.register_fake("tscnc_kernels::masked_conv2d_backward")
+def _(
+    grad_output: Tensor,
+    saved: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    row_pointers: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels_last, needs_input, needs_weight, needs_bias = rest[-4:]
+    grad_input = input.new_empty((0,))
+    if needs_input:
+        grad_input = _new_images(input, input.shape, channels_last)
+    return (
+        grad_input,
+        input.new_empty(weight.shape if needs_weight else (0,)),
+        input.new_empty((row_pointers.shape[0] - 1 if needs_bias else 0,)),
+    )
+
+
 class _Options(NamedTuple):
     geometry: ConvGeometry
     activation: str
     dense_grad: bool
     assume_masked: bool
     algorithms: Choice
-
-
-def _options_of(
-    input: Tensor,
-    weight: Tensor,
-    pattern: SparsityPattern,
-    geometry: ConvGeometry,
-    activation: str,
-    dense_grad: bool,
-    assume_masked: bool,
-    backend: str | None,
-    algorithm: str | None,
-) -> _Options:
-    chosen = _backend.select("masked_conv2d", input.device, backend)
-    images = input if input.dim() == 4 else input.unsqueeze(0)
-    call = conv_call(images, weight, geometry, assume_masked) if is_eager() else None
-    algorithms = choose(pattern, geometry, chosen, images.shape, call, algorithm)
-    return _Options(geometry, activation, dense_grad, assume_masked, algorithms)
 
 
 def _forward(
@@ -361,14 +373,15 @@ def masked_conv2d(
 
     Determinism: the sparse algorithms give the same bits every run and for any number of threads.
     """
-    geometry = _geometry(pattern, stride, padding, dilation, groups)
-    settings = geometry, activation, dense_grad, assume_masked, backend, algorithm
-    key = call_key(input, weight, bias, settings)
+    geometry = pattern_geometry(pattern, stride, padding, dilation, groups)
+    settings = geometry, activation, dense_grad, assume_masked
+    key = call_key(input, weight, bias, (*settings, backend, algorithm))
     options = known_call(pattern, key)
     if options is None:
         input, weight, bias = cast_operands(pattern.device, input, weight, bias)
         _check(input, weight, pattern, bias, geometry, activation, dense_grad, algorithm)
-        options = _options_of(input, weight, pattern, *settings)
+        how = assume_masked, backend, algorithm
+        options = _Options(*settings, choose_for(input, weight, pattern, geometry, *how))
         remember_call(pattern, key, options)
     images = input if input.dim() == 4 else input.unsqueeze(0)
     if bias is not None and not bias.is_contiguous():
