@@ -5,7 +5,7 @@ computes it) and calls `main`. For each case every provider must first agree wit
 reference; those that do are timed in turn, A B C A B C, each round in another order, so that a slow
 moment of the machine hits all alike. Each turn begins with one call that is not timed, so that it
 tells how the provider runs, not in what state the one before has left the caches; and freed memory
-stays with the process (`machine.keep_freed_memory`). A fixed dense control is read before and
+stays with the process (`tscnc_kernels.keep_freed_memory`). A fixed dense control is read before and
 after: if it moved by more than 5 % the case is measured again, after three attempts dropped. Where
 nothing is saved, the first attempt is shown with a warning.
 
@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import machine, results
 from benchmarks.gate import TOLERANCES, Outputs, disagreement
+from tscnc_kernels import keep_freed_memory
 
 CONTROL_TOLERANCE = 0.05
 ATTEMPTS = 3
@@ -204,7 +205,7 @@ def main(
     options = _parser().parse_args(argv)
     device = torch.device(options.device)
     machine.decide_anew()
-    machine.keep_freed_memory()
+    keep_freed_memory()
     if device.type == "cpu":
         machine.pin(options.threads)
     unknown = set(options.backend or []) - {provider.name for provider in providers}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -73,22 +72,6 @@ def pin(threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, set(allowed[-threads:]))
-
-
-def keep_freed_memory() -> None:
-    """Let the C library's allocator keep what is freed, as others do by default.
-
-    glibc gives memory back to the system at a level that depends on what else was ever allocated,
-    and then pays for hundreds of page faults in every call of a few milliseconds. Single tensors
-    of more than 32 MiB are always mapped anew.
-    """
-    trim_threshold, mmap_threshold = -1, -3
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_threshold, 32 << 20)
 
 
 def decide_anew() -> None:

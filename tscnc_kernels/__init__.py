@@ -3,6 +3,7 @@
 from tscnc_kernels import nn, optim
 from tscnc_kernels._backend import available_backends, use_backend
 from tscnc_kernels._build import build_info
+from tscnc_kernels._memory import keep_freed_memory
 from tscnc_kernels.nn.explain import explain
 from tscnc_kernels.nn.spectral_report import spectral_report
 from tscnc_kernels.ops.batch_norm_relu import batch_norm_relu
@@ -37,6 +38,7 @@ __all__ = [
     "gram_iteration",
     "hard_concrete",
     "hard_concrete_active_probability",
+    "keep_freed_memory",
     "logdet_gram",
     "masked_adamw_step",
     "masked_conv2d",

@@ -161,7 +161,9 @@ def _run(config: TrainConfig | None, out: Path, *, compare: bool | None, keep: b
     from tscnc.compare import is_comparison
     from tscnc.run_folder import RunFolder
     from tscnc.train import train
+    from tscnc_kernels import keep_freed_memory
 
+    keep_freed_memory()
     resume = config is None
     if config is None:
         config, compare = RunFolder.reopen(out).read_config(), is_comparison(out)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from tests.op_suite import check_close
 from tests.ops.test_masked_conv2d import SPARSE, pattern
 from tscnc_kernels import SparsityPattern, masked_conv2d, use_backend
-from tscnc_kernels.ops import masked_conv2d as op
+from tscnc_kernels._conv_algorithms import choose
+from tscnc_kernels._conv_geometry import pattern_geometry
 
 
 @pytest.mark.parametrize("algorithm", [*SPARSE, "dense"])
@@ -80,20 +81,20 @@ def test_half_types_are_summed_in_float32(dtype, algorithm, isa):
 
 def test_rule_is_sparse_below_the_stated_density():
     kept = pattern(8, 8, 3, 3)
-    geometry = op._geometry(kept, 1, 1, 1, 1)
+    geometry = pattern_geometry(kept, 1, 1, 1, 1)
     size = 8, 9, 9
-    assert op.choose(kept, geometry, "native", (1, *size), None) == ("plane",) * 3
-    assert op.choose(kept, geometry, "native", (64, *size), None) == ("batch",) * 3
-    assert op.choose(kept, geometry, "reference", (64, *size), None) == ("dense",) * 3
+    assert choose(kept, geometry, "native", (1, *size), None) == ("plane",) * 3
+    assert choose(kept, geometry, "native", (64, *size), None) == ("batch",) * 3
+    assert choose(kept, geometry, "reference", (64, *size), None) == ("dense",) * 3
     full = pattern(8, 8, 3, 3, kind="full")
-    assert op.choose(full, geometry, "native", (64, *size), None) == ("dense",) * 3
-    assert op.choose(full, geometry, "native", (64, *size), None, "plane") == ("plane",) * 3
+    assert choose(full, geometry, "native", (64, *size), None) == ("dense",) * 3
+    assert choose(full, geometry, "native", (64, *size), None, "plane") == ("plane",) * 3
 
 
 def test_depthwise_runs_dense():
     kept = pattern(8, 1, 3, 3)
-    geometry = op._geometry(kept, 1, 1, 1, 8)
-    assert op.choose(kept, geometry, "native", (64, 8, 9, 9), None) == ("dense",) * 3
+    geometry = pattern_geometry(kept, 1, 1, 1, 8)
+    assert choose(kept, geometry, "native", (64, 8, 9, 9), None) == ("dense",) * 3
 
 
 def test_backward_keeps_only_the_input_for_itself():
