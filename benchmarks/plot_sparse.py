@@ -33,7 +33,7 @@ STYLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "torchsparsegradutils": (("torchsparsegradutils",), "#8a6d3b", "x-"),
     "condensed gather": (("condensed gather",), "#b56576", "+-"),
     "dense(W * mask)": (("F.linear(W * mask)", "F.conv2d(W * mask)"), "#8a8f98", ".-"),
-    "free convolutions": (("free convolutions",), "#111827", "--"),
+    "free convolutions": (("free convolutions",), "#111827", "*--"),
 }
 DENSE = {**targets.DENSE, "train_step": "dense, masked"}
 TICKS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
