@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.op_suite import OpSpec, OpSuite, check_close
 from tests.ops.test_masked_linear import make_mask
 from tscnc_kernels import SparsityPattern, _conv_algorithms, masked_conv2d
+from tscnc_kernels._conv_geometry import pattern_geometry
 from tscnc_kernels.ops import masked_conv2d as op
 
 MASKS = ["random", "full", "none", "empty_rows", "empty_columns", "one_row", "skewed"]
@@ -15,7 +16,7 @@ SPARSE = ["plane", "batch", "direct"]
 
 def runnable(kept, input, stride=1, padding=0, dilation=1, groups=1):
     """The sparse algorithms that can compute a convolution."""
-    geometry = op._geometry(kept, stride, padding, dilation, groups)
+    geometry = pattern_geometry(kept, stride, padding, dilation, groups)
     keeps = _conv_algorithms.keeps_size(geometry, input.shape)
     return [name for name in SPARSE if keeps or name != "direct"]
 
