@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.spectra import exact, gaussian, with_spectrum
-from tests.op_suite import check_close
+from tests.op_suite import check_capture, check_close
 from tscnc_kernels import SparsityPattern, _spectral_large, extreme_singular_values
 from tscnc_kernels._spectral import CAP_REACHED, RANK_DEFICIENT, unpack
 from tscnc_kernels._spectral_cuda import extreme_singular_values as solve
@@ -223,19 +223,7 @@ def test_nothing_waits_for_the_gpu_and_graphs_replay(shape):
         loss = (result.sigma_max / result.sigma_min).sum()
         return [result.sigma_max, *torch.autograd.grad(loss, matrices)]
 
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    for actual, wanted in zip(captured, expected, strict=True):
-        assert torch.equal(actual, wanted)
+    check_capture(step)
 
 
 @needs_gpu
@@ -287,16 +275,4 @@ def test_nothing_waits_for_the_gpu_from_a_state(method):
         loss = (result.sigma_max / result.sigma_min).sum()
         return [result.sigma_max, *torch.autograd.grad(loss, matrices)]
 
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    for actual, wanted in zip(captured, expected, strict=True):
-        assert torch.equal(actual, wanted)
+    check_capture(step)
